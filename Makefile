@@ -1,0 +1,55 @@
+# make build | demo | test | lint | format | sanitize | fuzz | bench | bench-peers | wheel | clean
+#
+# Everything lives in .venv, build/ and dist/. Versions come from constraints.txt. As root on Debian, missing system packages are
+# installed; otherwise what is missing is printed, and steps that can't run say so.
+
+SHELL       := bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := build
+.SILENT:
+MAKEFLAGS   += --no-print-directory
+
+PYTHON ?= python3
+JOBS   ?= $(shell nproc)
+VENV   := .venv
+PY     := $(VENV)/bin/python
+DEV    := build/dev
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+
+# Warnings stop the build with the compiler that the project is tested with; a newer compiler's new warnings don't stop a user.
+WERROR := $(if $(filter 12,$(shell $(or $(CXX),g++) -dumpversion 2>/dev/null)),ON,OFF)
+
+.PHONY: build demo test lint format sanitize fuzz bench bench-peers wheel clean
+
+# --- build -------------------------------------------------------------------------------------------------------
+
+$(VENV)/.python: constraints.txt pyproject.toml
+	scripts/system-packages build
+	[ -x $(PY) ] || $(PYTHON) -m venv $(VENV)
+	echo "== python packages (constraints.txt) into $(VENV)"
+	$(PY) -m pip install -qq -c constraints.txt pip
+	$(PY) -m pip install -qq -c constraints.txt --group dev numpy msgspec
+	touch $@
+
+# Without build isolation: CMake's cache would name a folder that is gone afterwards. In one fixed build tree, so that ninja
+# and the tests find it.
+$(VENV)/.editable: $(VENV)/.python pyproject.toml
+	scripts/system-packages build
+	echo "== editable install"
+	$(PY) -m pip install -qq --no-build-isolation --no-deps -e . -Cbuild-dir=$(DEV) -Ccmake.define.KVT_WERROR=$(WERROR) \
+	    -Ccmake.define.KVT_TESTS=$$(scripts/system-packages has doctest) -Ccmake.define.KVT_SIM=ON -Ccmake.define.KVT_BENCH=ON
+	touch $@
+
+# Always runs ninja, so changed C++ is never missed; does nothing in a tenth of a second when nothing changed.
+build: $(VENV)/.editable
+	scripts/native-build $(DEV) _native
+	scripts/install-extension $(DEV)
+
+demo: build
+	$(PY) examples/prefill_decode.py
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
