@@ -34,13 +34,14 @@ $(VENV)/.python: constraints.txt pyproject.toml
 	touch $@
 
 # Without build isolation: CMake's cache would name a folder that is gone afterwards. In one fixed build tree, so that ninja
-# and the tests find it.
+# and the tests find it. The editable install knows only the modules that it saw: without an extension it must be done again.
 $(VENV)/.editable: $(VENV)/.python pyproject.toml
+	[ -e kvtransport/__init__.py ] || { echo "kvtransport/__init__.py is missing: nothing to build" >&2; exit 1; }
 	scripts/system-packages build
 	echo "== editable install"
 	$(PY) -m pip install -qq --no-build-isolation --no-deps -e . -Cbuild-dir=$(DEV) -Ccmake.define.KVT_WERROR=$(WERROR) \
 	    -Ccmake.define.KVT_TESTS=$$(scripts/system-packages has doctest) -Ccmake.define.KVT_SIM=ON -Ccmake.define.KVT_BENCH=ON
-	touch $@
+	if compgen -G '$(VENV)/lib/python*/site-packages/kvtransport/_native.*.so' > /dev/null; then touch $@; fi
 
 # Always runs ninja, so changed C++ is never missed; does nothing in a tenth of a second when nothing changed.
 build: $(VENV)/.editable
