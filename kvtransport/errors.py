@@ -39,13 +39,13 @@ _NO_BLOCKS: BlockStates = {}
 class TransferOutcome(Exception):
     """What an error tells about the transfer that it ended. Not raised itself.
 
-    Attributes:
+    Fields:
         key: the transfer's key or token; None where the error isn't a transfer's.
         blocks: {group: {block id: "sealed" | "poisoned"}} of the destination. A block is sealed when
-            all its pieces (one per layer) have landed and verified. Empty at the source, and where nothing matched.
+            all its pieces (one per layer) have landed and verified. Empty at the source and without a match.
         failed_block_ids: the poisoned ids: a list; for several groups {group: list}.
-        quiesced: True: no byte of it moves any more, its memory is yours again. False: it may still be touched,
-            don't free it. None: the error isn't about memory in use.
+        quiesced: True: no byte of it moves any more, its memory is yours again. False: it may still be
+            touched, don't free it. None: the error isn't about memory in use.
         retryable: the same call may succeed if it is made again, on a new connection where this one is lost.
         delivered: told at the source. False: the destination has confirmed that it won't seal. None: unknown.
     """

@@ -37,14 +37,14 @@ LayerName: TypeAlias = "str | int"
 """A layer by its name, or by its place in the pool."""
 
 Array: TypeAlias = Any
-"""A torch tensor, numpy or cupy array, or anything with DLPack or the buffer protocol. None of them is imported."""
+"""A torch tensor, numpy or cupy array, or anything with DLPack or the buffer protocol. None is imported."""
 
 
 @dataclass(frozen=True, slots=True)
 class TransferResult:
     """What a finished transfer did, as seen by this side.
 
-    Attributes:
+    Fields:
         nbytes: payload bytes, resumed ones included.
         seconds: from the post to the end.
         backend: the way that was used, "tcp" and so on.
@@ -73,7 +73,7 @@ class TransferResult:
 class Peer:
     """Who the other end of a Connection is.
 
-    Attributes:
+    Fields:
         incarnation: the 128-bit random id of its Endpoint; another one means that it has restarted.
         identity: the name that its key stands for; None without keys.
         address: where this connection goes, as `connect` would take it; for logs only.
