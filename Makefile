@@ -49,7 +49,52 @@ build: $(VENV)/.editable
 	scripts/install-extension $(DEV)
 
 demo: build
-	$(PY) examples/prefill_decode.py
+	$(PY) examples/prefill_decode.py $(ARGS)
+
+# --- checks ------------------------------------------------------------------------------------------------------
+
+test: build
+	scripts/system-packages test
+	scripts/check all
+
+lint: $(VENV)/.python
+	scripts/check lint
+
+format: $(VENV)/.python
+	ruff check -q --fix-only
+	ruff format -q
+	git ls-files --cached --others --exclude-standard 'native/*.[ch]pp' 'bench/limits/*.[ch]pp' | xargs -r clang-format -i
+
+sanitize: $(VENV)/.python
+	scripts/system-packages test
+	mkdir -p build
+	scripts/sanitize
+
+FUZZ_S ?= 600
+fuzz: $(VENV)/.python
+	scripts/system-packages test
+	mkdir -p build
+	scripts/fuzz $(FUZZ_S)
+
+# --- bench -------------------------------------------------------------------------------------------------------
+
+bench: build
+	scripts/native-build $(DEV) kvt_limits
+	$(PY) -m bench $(ARGS)
+
+# The peers come with their own torch-sized dependencies, so they live in a venv of their own.
+bench-peers: build
+	scripts/native-build $(DEV) kvt_limits
+	$(PY) -m bench --peers $(ARGS)
+
+# --- wheel -------------------------------------------------------------------------------------------------------
+
+wheel: $(VENV)/.python
+	scripts/system-packages build
+	mkdir -p dist
+	rm -f dist/kvtransport-*.whl
+	$(PY) -m pip wheel -qq --no-build-isolation --no-deps -w dist .
+	ls -l dist/kvtransport-*.whl
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
