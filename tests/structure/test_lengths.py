@@ -26,7 +26,7 @@ def test_files() -> None:
         for path, limit in found
         if (count := path.read_text().count("\n")) > limit and tree.name(path) not in LONGER
     }
-    assert not long
+    assert not long, "\n".join(long)
 
 
 def test_python_functions() -> None:
@@ -37,7 +37,7 @@ def test_python_functions() -> None:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
         if (count := python_body_lines(node)) > FUNCTION and f"{tree.name(path)}:{node.name}" not in LONGER
     ]
-    assert not long
+    assert not long, "\n".join(long)
 
 
 def test_cpp_functions() -> None:
@@ -47,7 +47,7 @@ def test_cpp_functions() -> None:
         for head, line, count in cpp_functions(path)
         if count > FUNCTION and f"{tree.name(path)}:{cpp_name(head)}" not in LONGER
     ]
-    assert not long
+    assert not long, "\n".join(long)
 
 
 def test_exceptions_are_needed_and_explained() -> None:

@@ -36,15 +36,14 @@ def test_file_names() -> None:
         for p in tree.files()
         if BANNED & {w for part in p.relative_to(tree.ROOT).parts for w in words(part)}
     ]
-    assert not wrong
+    assert not wrong, "\n".join(wrong)
 
 
 def test_public_names() -> None:
     names = list(public_names())
     assert names, "kvtransport/ has no public name"
-    assert not [
-        f"{where}: {name}" for where, name in names if BANNED & words(name) and name not in NAMED_BY_DESIGN
-    ]
+    wrong = [f"{at}: {name}" for at, name in names if BANNED & words(name) and name not in NAMED_BY_DESIGN]
+    assert not wrong, "\n".join(wrong)
 
 
 def test_the_words_are_seen() -> None:

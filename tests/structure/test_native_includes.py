@@ -62,7 +62,7 @@ def test_each_folder_includes_only_what_it_may() -> None:
         for _, target in includes(path.read_text())
         if is_ours(target) and target.split("/")[0] not in ALLOWED[folder(path)] | {folder(path)}
     ]
-    assert not wrong
+    assert not wrong, "\n".join(wrong)
 
 
 def test_our_headers_are_named_from_native() -> None:
@@ -73,7 +73,7 @@ def test_our_headers_are_named_from_native() -> None:
         for kind, target in includes(path.read_text())
         if kind == '"' and not (tree.NATIVE / target).is_file()
     ]
-    assert not wrong
+    assert not wrong, "\n".join(wrong)
 
 
 def test_only_the_bindings_know_python() -> None:
@@ -84,7 +84,7 @@ def test_only_the_bindings_know_python() -> None:
         if folder(path) != "bindings"
         and (target.startswith(("nanobind", "pybind11")) or target == "Python.h")
     ]
-    assert not wrong
+    assert not wrong, "\n".join(wrong)
 
 
 def test_protocol_is_pure() -> None:
@@ -94,7 +94,7 @@ def test_protocol_is_pure() -> None:
         for _, target in includes(path.read_text())
         if folder(path) == "protocol" and target in IMPURE
     ]
-    assert not wrong
+    assert not wrong, "\n".join(wrong)
 
 
 def test_memory_has_no_sockets_threads_or_clocks() -> None:
@@ -105,7 +105,7 @@ def test_memory_has_no_sockets_threads_or_clocks() -> None:
         for _, target in includes(path.read_text())
         if folder(path) == "memory" and target in IMPURE - allowed
     ]
-    assert not wrong
+    assert not wrong, "\n".join(wrong)
 
 
 def test_backends_do_not_include_each_other() -> None:
@@ -122,7 +122,7 @@ def test_backends_do_not_include_each_other() -> None:
         for _, target in includes(path.read_text())
         if target.startswith("backends/") and backend(target) not in {"base", backend(path.name)}
     ]
-    assert not wrong
+    assert not wrong, "\n".join(wrong)
 
 
 def test_the_bindings_are_where_python_is() -> None:

@@ -58,7 +58,7 @@ def test_no_module_that_runs_data() -> None:
         for name in imported(node)
         if name.split(".")[0] in FORBIDDEN_MODULES
     ]
-    assert not wrong
+    assert not wrong, "\n".join(wrong)
 
 
 def test_no_eval() -> None:
@@ -68,7 +68,7 @@ def test_no_eval() -> None:
         for node in ast.walk(tree.parse(path))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in FORBIDDEN_CALLS
     ]
-    assert not wrong
+    assert not wrong, "\n".join(wrong)
 
 
 def test_numpy_never_unpickles() -> None:
@@ -78,7 +78,7 @@ def test_numpy_never_unpickles() -> None:
         for node in ast.walk(tree.parse(path))
         if isinstance(node, ast.keyword) and node.arg == "allow_pickle" and ast.unparse(node.value) != "False"
     ]
-    assert not wrong
+    assert not wrong, "\n".join(wrong)
 
 
 def test_who_imports_the_extension() -> None:
