@@ -83,7 +83,7 @@ class StreamPlan {
     // The blocks that have a byte in [begin, end), by group; groups without one are left out.
     std::vector<GroupBlocks> blocks_touching(std::uint64_t begin, std::uint64_t end) const;
 
-    // What the verified ranges (sorted by begin, they may touch or overlap) make of every block, by group.
+    // What the verified ranges (sorted, none overlapping another; they may touch) make of every block, by group.
     std::vector<BlockOutcome> outcome(const std::vector<StreamRange>& verified) const;
     bool piece_sealed(std::size_t i, std::uint64_t position, const std::vector<StreamRange>& verified) const;
     bool layer_sealed(std::size_t i, const std::vector<StreamRange>& verified) const;
@@ -115,7 +115,7 @@ class StreamPlan {
     std::uint64_t nbytes_ = 0, pieces_ = 0, blocks_ = 0;
 };
 
-// Whether [begin, end) is covered by ranges sorted by begin.
+// Whether sorted ranges, none overlapping another, cover all of [begin, end).
 bool covered(const std::vector<StreamRange>& sorted, std::uint64_t begin, std::uint64_t end);
 
 }  // namespace kvt::memory

@@ -3,8 +3,8 @@
 // Here: groups of layers, the strided parts that make up a layer's blocks, and the contiguous segments of one piece
 // (a piece is one block of one layer), for all heads or a slice of them.
 // Not here: who owns the memory, what may be read (this never touches a byte), how pieces follow each other (plan.hpp).
-// Invariant: a PoolShape that exists is sound. No address of any of its blocks overflows, no piece covers a byte twice,
-// every count fits its type. It never changes, so threads share it freely.
+// Invariant: a PoolShape that exists is sound. No address of any of its blocks overflows, no array's block covers a
+// byte twice, every count fits its type. It never changes, so threads share it freely.
 #pragma once
 
 #include <cstddef>
@@ -108,8 +108,6 @@ class PoolShape {
   private:
     using Key = std::tuple<std::uint32_t, std::uint32_t, std::uint32_t>;  // class, first head, heads
     Heads canonical(std::uint32_t layer, Heads heads) const;
-    void check_groups() const;
-    void check_layer(std::uint32_t layer) const;
     void classify();
 
     std::vector<Group> groups_;
