@@ -1,0 +1,232 @@
+// One live session with a peer: matching, scheduling, transfers, messages. Bytes and events in, frames and orders out.
+//
+// Theory of operation. A session owns the records of all transfers of both directions. Frames of the control stream come
+// through receive(); movers ask next_chunk() for what to send and chunk_begin() where to store. What must happen outside
+// comes back as output: bytes for the control stream, transfers whose loads and stores the engine must stop (quiescing),
+// transfers and messages that have ended (finished). The caller holds one lock around every call, passes the time, and
+// acts on the output after it; nothing here blocks, sleeps, or knows a socket.
+//
+// A destination sends WANT when posted; at most `unmatched` WANTs and OFFERs are outstanding without a partner, more wait
+// here. A source sends OFFER when it is posted first, when it has meta, or when the backend is a memory backend (the
+// destination copies, having been told the location). A source that finds a WANT for its key starts at once.
+//
+// Invariant: see transfer.hpp; and whatever a peer can make us keep is bounded by SessionConfig.
+#pragma once
+
+#include <cstdint>
+#include <deque>
+#include <optional>
+#include <set>
+#include <string>
+#include <unordered_map>
+#include <unordered_set>
+#include <utility>
+#include <vector>
+
+#include "protocol/frames.hpp"
+#include "protocol/transfer.hpp"
+
+namespace kvt::protocol {
+
+/// The caller asked what the state forbids: LocalProtocolError.
+struct LocalViolation : std::logic_error {
+    using std::logic_error::logic_error;
+};
+
+/// A piece of a source's stream for a mover to send.
+struct ChunkJob {
+    TransferPtr transfer;
+    Range range;
+    Header header;
+};
+
+/// Where a chunk that arrives belongs.
+struct ChunkTarget {
+    TransferPtr transfer;
+    Range range;
+    bool store = false;    // else it is drained into scratch
+};
+
+/// A message and its handle's record. The engine derives from it.
+class Message {
+  public:
+    virtual ~Message() = default;
+    Bytes data;
+    std::uint64_t number = 0;
+    Outcome outcome;
+    bool finished = false;
+    Time posted_at = 0, over_at = 0;
+};
+using MessagePtr = std::shared_ptr<Message>;
+
+struct SessionConfig {
+    bool memory_backend = false;    // the destination copies; else the source writes chunks
+    DigestKind digest = DigestKind::none;
+    std::uint64_t chunk_nbytes = 0;
+    std::uint32_t unmatched = 1024;
+    std::uint32_t regions = 1024;
+    std::uint64_t message_window_nbytes = 32u << 20;    // sent and not yet taken by the peer's user
+    std::uint64_t message_queue_nbytes = 64u << 20;     // of the peer's, kept for our user
+    std::size_t outbox_nbytes = 1u << 20;
+};
+
+class Session {
+  public:
+    explicit Session(SessionConfig config, Time now) : config_(config), heard_at_(now), spoke_at_(now) {}
+
+    // What the local user asks. post() throws LocalViolation when the key is in use.
+    void post(TransferPtr transfer, std::uint64_t pool_id, Time now);
+    void stop(const TransferPtr& transfer, Outcome why, Time now);
+    void refuse(const std::string& key, const std::string& reason, Time until, Time now);
+    void post_message(MessagePtr message, Time now);
+    void forget_pool(std::uint64_t pool_id);
+    void messages_taken(std::uint64_t nbytes);
+
+    // What the peer says. Throws Violation or Excess; the caller then ends the session with lost().
+    void receive(const Header& header, std::span<const std::byte> body, Time now);
+    ChunkTarget chunk_begin(const Header& header, Time now);
+    void chunk_end(const ChunkTarget& target, const Trailer& trailer, bool verified, Time now);
+
+    // What movers take.
+    std::optional<ChunkJob> next_chunk(Time now);
+    std::optional<ChunkJob> next_inline(Time now);
+    /// `whole`: all its bytes were read from the source. `begun`: its header was written, so the peer will see it.
+    void chunk_left(const ChunkJob& job, bool whole, bool begun, Time now);
+    std::optional<ChunkTarget> next_copy(Time now);
+    bool has_chunks() const noexcept { return !short_.empty() || !long_.empty(); }
+    bool has_copies() const noexcept { return !copies_.empty(); }
+
+    // What the engine answers and the clock says.
+    void quiesced(const TransferPtr& transfer, Time now);
+    void on_time(Time now);
+    Time next_deadline() const noexcept { return next_deadline_; }
+    void resumed(Time now);                  // our own process stood still: stall clocks start anew
+    bool poll_gates(Time now);               // true while a gated transfer waits
+    void progressed(const TransferPtr& transfer, Time now) noexcept { transfer->moved_at = now; }
+    void lost(Cause cause, const std::string& reason, Time now);
+    bool is_lost() const noexcept { return lost_; }
+    void ping(Time now);
+    void say_close(CloseCode code);
+
+    // Output, taken by the caller under the same lock.
+    Bytes& outbox() noexcept { return outbox_; }
+    void pump(Time now);                     // moves what waited for room into the outbox
+    std::vector<TransferPtr> take_quiescing() { return std::exchange(quiescing_, {}); }
+    std::vector<TransferPtr> take_finished() { return std::exchange(finished_, {}); }
+    std::vector<MessagePtr> take_finished_messages() { return std::exchange(finished_messages_, {}); }
+    std::vector<Bytes> take_messages() { return std::exchange(inbox_, {}); }
+    bool has_output() const noexcept {
+        return !outbox_.empty() || !quiescing_.empty() || !finished_.empty() || !finished_messages_.empty() || !inbox_.empty();
+    }
+    std::optional<CloseCode> peer_closed() const noexcept { return peer_closed_; }
+
+    struct Counters {
+        std::uint64_t chunks_out = 0, chunks_in = 0, bytes_out = 0, bytes_in = 0, drained_chunks = 0, drained_bytes = 0;
+        std::uint64_t sends_ok = 0, sends_failed = 0, receives_ok = 0, receives_failed = 0, corrupt_chunks = 0;
+        std::uint64_t messages_out = 0, messages_in = 0;
+    };
+    const Counters& counters() const noexcept { return counters_; }
+    Counters& counters() noexcept { return counters_; }
+    std::size_t unfinished() const noexcept { return source_keys_.size() + destination_keys_.size(); }
+    std::size_t tombstones() const noexcept { return wants_.size() - destination_keys_.size(); }
+    Time heard_at() const noexcept { return heard_at_; }
+    void heard(Time now) noexcept { heard_at_ = now; }
+    void spoke(Time now) noexcept { spoke_at_ = now; }
+    Time spoke_at() const noexcept { return spoke_at_; }
+
+  private:
+    struct UnmatchedWant {
+        std::uint64_t want = 0;
+        WantBody body;
+    };
+    struct UnmatchedOffer {
+        std::uint64_t offer = 0;
+        OfferBody body;
+    };
+    struct Refusal {
+        std::string reason;
+        Time until = 0;
+    };
+
+    // session.cpp: the parts that both roles share
+    void apply(const TransferPtr& transfer, Event event, Time now);
+    void act(const TransferPtr& transfer, Action action, Time now);
+    void finish(const TransferPtr& transfer, Time now);
+    void forget(const TransferPtr& transfer);
+    void after_quiesce(const TransferPtr& transfer, Time now);
+    void tell(const TransferPtr& transfer);
+    void tell_or_queue(const TransferPtr& transfer);
+    void announce(std::uint64_t pool_id, const PoolTerms& pool);
+    void send_abort(const Transfer& transfer);
+    void send(FrameType type, std::uint8_t flags, std::uint64_t transfer, std::uint64_t total, std::uint64_t arg);
+    void send(Header header, const Bytes& body);
+    void watch(Time deadline) noexcept { next_deadline_ = std::min(next_deadline_, deadline); }
+    Time deadline_of(const Transfer& transfer, Cause& cause) const noexcept;
+    const PoolTerms& peer_pool(const Terms& terms) const;
+    void on_pool(const Header& header, std::span<const std::byte> body);
+    void on_message(const Header& header, std::span<const std::byte> body);
+    void on_message_ack(const Header& header, Time now);
+
+    // session_source.cpp
+    void on_want(const Header& header, std::span<const std::byte> body, Time now);
+    void match_source(const TransferPtr& transfer, std::uint64_t want, WantBody body, bool pulls, Time now);
+    void release_layers(const TransferPtr& transfer, Time now);
+    void make_ready(const TransferPtr& transfer);
+    void set_gate(const TransferPtr& transfer, bool shut, Time now);
+    void on_done(const Header& header, Time now);
+    void on_abort_for_source(const Header& header, const AbortBody& body, Time now);
+    void on_aborted_for_source(const Header& header, Time now);
+    void refuse_want(std::uint64_t want, AbortCode code, const std::string& reason, const Mismatch& mismatch);
+    std::optional<ChunkJob> cut(std::deque<TransferPtr>& queue, std::uint64_t most, Time now);
+
+    // session_destination.cpp
+    void on_offer(const Header& header, std::span<const std::byte> body, Time now);
+    void match_destination(const TransferPtr& transfer, std::uint64_t offer, OfferBody body, Time now);
+    void on_abort_for_destination(const Header& header, const AbortBody& body, Time now);
+    void on_aborted_for_destination(const Header& header, Time now);
+    void withdraw_offer(std::uint64_t offer, const AbortBody& body, Time now);
+    void on_gated(const Header& header, Time now);
+    void on_released(const Header& header, std::span<const std::byte> body, Time now);
+    void seal_if_whole(const TransferPtr& transfer, Time now);
+    void check_drained(const TransferPtr& transfer, Time now);
+    TransferPtr destination(std::uint64_t want) const;
+
+    SessionConfig config_;
+    bool lost_ = false;
+    Time heard_at_, spoke_at_, next_deadline_ = kNever;
+    std::optional<CloseCode> peer_closed_;
+    Counters counters_;
+
+    std::uint64_t next_offer_ = 1, next_want_ = 1, next_message_ = 1;
+    std::unordered_map<std::string, TransferPtr> source_keys_, destination_keys_;    // unfinished, by key
+    std::unordered_map<std::uint64_t, TransferPtr> offers_;        // sources by our id
+    std::unordered_map<std::uint64_t, TransferPtr> matched_;       // sources by the peer's want id
+    std::unordered_map<std::uint64_t, TransferPtr> wants_;         // destinations and their tombstones by our id
+    std::unordered_map<std::string, UnmatchedWant> unmatched_wants_;
+    std::unordered_map<std::uint64_t, std::string> unmatched_want_keys_;
+    std::unordered_map<std::string, UnmatchedOffer> unmatched_offers_;
+    std::unordered_map<std::uint64_t, std::string> unmatched_offer_keys_;
+    std::unordered_map<std::string, Refusal> refusals_;
+    std::unordered_set<std::uint64_t> late_;                       // the peer's wants that we left without a verdict
+    std::uint64_t last_want_seen_ = 0, last_offer_seen_ = 0;
+    std::uint32_t outstanding_ = 0;                                // told, without a partner
+    std::deque<TransferPtr> untold_;                               // wait for room to be told
+    std::deque<TransferPtr> short_, long_, inline_, copies_;
+    std::set<TransferPtr> gated_;                                  // sources whose gate may hold something back
+    unsigned short_in_a_row_ = 0;
+    std::unordered_map<std::uint64_t, PoolTerms> peer_pools_;
+    std::size_t peer_regions_ = 0;
+    std::unordered_set<std::uint64_t> announced_;
+    std::unordered_map<std::uint64_t, const PoolTerms*> pools_used_;
+
+    std::deque<MessagePtr> messages_, unacknowledged_;
+    std::uint64_t message_bytes_sent_ = 0, message_bytes_taken_ = 0;    // ours: sent, and taken by the peer's user
+    std::uint64_t inbox_bytes_ = 0, taken_bytes_ = 0, received_messages_ = 0;
+    std::vector<Bytes> inbox_;
+
+    Bytes outbox_;
+    std::vector<TransferPtr> quiescing_, finished_;
+    std::vector<MessagePtr> finished_messages_;
+};
+
+}  // namespace kvt::protocol
