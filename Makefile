@@ -39,7 +39,8 @@ $(VENV)/.editable: $(VENV)/.python pyproject.toml
 	[ -e kvtransport/__init__.py ] || { echo "kvtransport/__init__.py is missing: nothing to build" >&2; exit 1; }
 	scripts/system-packages build
 	echo "== editable install"
-	$(PY) -m pip install -qq --no-build-isolation --no-deps -e . -Cbuild-dir=$(DEV) -Ccmake.define.KVT_WERROR=$(WERROR) \
+	mkdir -p build  # the lock: two installs at once would run two ninjas in one tree
+	flock build/.install.lock $(PY) -m pip install -qq --no-build-isolation --no-deps -e . -Cbuild-dir=$(DEV) -Ccmake.define.KVT_WERROR=$(WERROR) \
 	    -Ccmake.define.KVT_TESTS=$$(scripts/system-packages has doctest) -Ccmake.define.KVT_SIM=ON -Ccmake.define.KVT_BENCH=ON
 	if compgen -G '$(VENV)/lib/python*/site-packages/kvtransport/_native.*.so' > /dev/null; then touch $@; fi
 
