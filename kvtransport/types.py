@@ -36,6 +36,9 @@ BlockIds: TypeAlias = "GroupIds | Mapping[str, GroupIds]"
 LayerName: TypeAlias = "str | int"
 """A layer by its name, or by its place in the pool."""
 
+Heads: TypeAlias = "slice | range | None"
+"""Neighbouring KV heads of this side, step 1; None: all."""
+
 Array: TypeAlias = Any
 """A torch tensor, numpy or cupy array, or anything with DLPack or the buffer protocol. None is imported."""
 
