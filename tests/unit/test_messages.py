@@ -51,7 +51,7 @@ def test_preamble_refused(at, value):
 
 @pytest.mark.parametrize(
     "stranger",
-    [b"GET / HTTP/1.1\r\nHost: example\r\n", b"\x16\x03\x01" + bytes(29), b"KVTRNSP0" + bytes(24)],
+    [b"GET / HTTP/1.1\r\nHost: example.\r\n", b"\x16\x03\x01" + bytes(29), b"KVTRNSP0" + bytes(24)],
 )
 def test_other_protocols_are_refused(stranger):
     with pytest.raises(RemoteProtocolError, match="doesn't speak kvtransport"):
