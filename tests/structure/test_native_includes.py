@@ -68,7 +68,7 @@ def test_each_folder_includes_only_what_it_may() -> None:
 def test_our_headers_are_named_from_native() -> None:
     """`#include "plan.hpp"` or `"../memory/plan.hpp"` would slip through the test above."""
     wrong = [
-        f'{tree.name(path)} includes "{target}"'
+        f'{tree.name(path)} includes "{target}": no such file below native/'
         for path in sources()
         for kind, target in includes(path.read_text())
         if kind == '"' and not (tree.NATIVE / target).is_file()
