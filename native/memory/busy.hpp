@@ -19,7 +19,6 @@
 #include <unordered_map>
 #include <vector>
 
-#include "memory/arena.hpp"
 #include "memory/plan.hpp"
 #include "memory/shape.hpp"
 
@@ -53,17 +52,16 @@ class BusyTable {
 
   private:
     struct Claim;
+    struct Index;  // arenas, and what the live claims hold of them
 
+    bool in_use(const PoolShape* pool) const noexcept;
     void rebuild();
-    std::unique_ptr<Claim> make_claim(std::uint64_t owner, std::shared_ptr<const StreamPlan> plan) const;
-    Conflict find_conflict(const Claim& claim);
-    void forget_unused(const PoolShape* pool) noexcept;
 
     std::mutex mutex_;
     std::vector<const PoolShape*> pools_;    // registered
     std::vector<const PoolShape*> leaving_;  // removed, but with live claims
-    std::unique_ptr<ArenaMap> arenas_;
-    std::unordered_map<std::uint64_t, std::vector<std::unique_ptr<Claim>>> claims_;
+    std::unique_ptr<Index> index_;
+    std::unordered_map<std::uint64_t, std::vector<std::unique_ptr<Claim>>> claims_;  // by owner
 };
 
 }  // namespace kvt::memory
