@@ -83,9 +83,10 @@ bench: build
 	scripts/native-build $(DEV) kvt_limits
 	$(PY) -m bench $(ARGS)
 
-# The peers come with their own torch-sized dependencies, so they live in a venv of their own.
+# NIXL and Mooncake, in a venv of their own: they bring torch and a CUDA build of their libraries.
 bench-peers: build
 	scripts/native-build $(DEV) kvt_limits
+	$(PY) -m bench.peers.setup
 	$(PY) -m bench --peers $(ARGS)
 
 # --- wheel -------------------------------------------------------------------------------------------------------
@@ -98,5 +99,5 @@ wheel: $(VENV)/.python
 	ls -l dist/kvtransport-*.whl
 
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) bench/.venv-peers build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import venv
 import zipfile
@@ -126,3 +127,36 @@ def test_clean_venv_is_clean(clean_venv: Path) -> None:
     torch, where = out.stdout.split()
     assert torch == "None"
     assert where.startswith(str(clean_venv))
+
+
+def free_address() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{probe.getsockname()[1]}"
+
+
+@pytest.mark.parametrize("order", [("recv", "send"), ("send", "recv")], ids=lambda order: f"{order[0]} first")
+def test_runs_the_quickstart(clean_venv: Path, tmp_path: Path, order: tuple[str, str]) -> None:
+    """From a copy of the script in an empty folder, as two terminals would."""
+    script = shutil.copy(QUICKSTART, tmp_path)
+    address = free_address()
+    started = {
+        side: subprocess.Popen(
+            [clean_venv / "bin/python", script, side, address],
+            cwd=tmp_path,
+            env=clean_environment(clean_venv),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for side in order
+    }
+    try:
+        said = {side: process.communicate(timeout=60)[0] for side, process in started.items()}
+    finally:
+        for process in started.values():
+            process.kill()
+    assert {side: process.returncode for side, process in started.items()} == {"send": 0, "recv": 0}, said
+    assert said["send"].startswith("sent 196608 bytes")
+    assert said["recv"].startswith("received 196608 bytes")
+    assert "block 2 holds their block 21" in said["recv"]
