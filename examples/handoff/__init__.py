@@ -1,0 +1,1 @@
+"""The parts of examples/prefill_decode.py: the model, its paged KV cache, the two processes, the checks."""
