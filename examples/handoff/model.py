@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.utils.logging import disable_progress_bar
 
 from handoff.paged_cache import KVShape
 
@@ -24,6 +25,7 @@ def load_model(directory: str | None, threads: int) -> Any:
     """The model in `directory`, else a small Llama with random weights, the same in both processes."""
     torch.set_num_threads(threads)  # a matrix product that is split differently may round differently
     if directory is not None:
+        disable_progress_bar()  # two processes' bars would run into one another
         return AutoModelForCausalLM.from_pretrained(directory, local_files_only=True, dtype="auto").eval()
     torch.manual_seed(2026)
     config = LlamaConfig(
