@@ -134,10 +134,8 @@ class PoolPlan:
             raise ValueError(f"layers: one is named twice: {indices}")
         return indices
 
-    def head_slice(
-        self, heads: slice | range | None, layers: list[int] | None = None
-    ) -> tuple[int, int] | None:
-        """Return (first head, number of heads) for a slice or range of step 1; None for None, which means all.
+    def head_slice(self, heads: Heads, layers: list[int] | None = None) -> tuple[int, int] | None:
+        """Return (first head, number of heads) for a slice or range of step 1; None (all) for None.
 
         Unlike Python's slices it isn't cut to size: ValueError where a head isn't there, or where the layers
         (indices; None: all) have no heads or not equally many.

@@ -98,9 +98,7 @@ class BlockPool:
         """Return the places of `layers` in their order, each once; None (all) for None."""
         return self._plan.layer_indices(layers)
 
-    def head_slice(
-        self, heads: slice | range | None, layers: list[int] | None = None
-    ) -> tuple[int, int] | None:
+    def head_slice(self, heads: Heads, layers: list[int] | None = None) -> tuple[int, int] | None:
         """Return (first, count) of heads that all of `layers` (indices) have; None (all) for None."""
         return self._plan.head_slice(heads, layers)
 
