@@ -26,7 +26,7 @@ MIB = 1 << 20
 MAX_CHUNK_NBYTES = MIB
 """The wire's limit for the body of a chunk."""
 SMALL_TRANSFER_NBYTES = 4 * MIB
-"""Up to here a transfer uses `SMALL_CHUNK_NBYTES`: several chunks, so that both lanes share one 2 MiB block."""
+"""Up to here a transfer uses `SMALL_CHUNK_NBYTES`: so that both lanes share one 2 MiB block."""
 SMALL_CHUNK_NBYTES = 256 * KIB
 
 ENV_PREFIX = "KVTRANSPORT_"
@@ -107,8 +107,8 @@ class Config:
     """
 
     backends: tuple[str, ...] | None = _field("backends", None)
-    protection: Protection | None = _field("protection", None)
-    require: Mapping[str, tuple[str, ...]] | None = _field("require", None)  # noqa: RUF009
+    protection: Protection | None = _field("protection", None)  # noqa: RUF009
+    require: Mapping[str, tuple[str, ...]] | None = _field("require", None)
     keys: Mapping[str, bytes] | None = _field("later", None)
     key_file: str | None = _field("later", None)
     authorize: Mapping[str, tuple[str, ...]] | None = _field("later", None)
@@ -148,7 +148,7 @@ class Config:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Config:
-        """Make a Config of {field: value}, as a JSON or TOML file gives it. An unknown field is a ConfigError."""
+        """Make a Config of {field: value}, as JSON or TOML give it. An unknown field is a ConfigError."""
         names = [f.name for f in fields(cls)]
         for name in values:
             if name not in names:
