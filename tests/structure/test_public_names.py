@@ -7,15 +7,27 @@ A name is documented when it opens a code span in a heading or in the first cell
 """
 
 import ast
+import importlib
 import re
 import types
 
-import kvtransport
-from kvtransport import _native
+import pytest
+
 from tests.structure import tree
 
 API = tree.ROOT / "docs" / "reference" / "api.md"
 STUB = tree.PACKAGE / "_native.pyi"
+
+
+# Imported by fixtures: a package that can't be imported fails these tests, not the collection of all.
+@pytest.fixture(scope="module")
+def kvtransport() -> types.ModuleType:
+    return importlib.import_module("kvtransport")
+
+
+@pytest.fixture(scope="module")
+def native() -> types.ModuleType:
+    return importlib.import_module("kvtransport._native")
 
 
 def documented() -> set[str]:
@@ -28,14 +40,14 @@ def documented() -> set[str]:
     return {match.group() for name in names if (match := re.match(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*", name))}
 
 
-def test_all_is_sorted_and_real() -> None:
+def test_all_is_sorted_and_real(kvtransport: types.ModuleType) -> None:
     names = list(kvtransport.__all__)
     assert names
     assert len(names) == len(set(names))
     assert not [name for name in names if not hasattr(kvtransport, name)]
 
 
-def test_nothing_public_is_left_out_of_all() -> None:
+def test_nothing_public_is_left_out_of_all(kvtransport: types.ModuleType) -> None:
     public = {
         n
         for n, v in vars(kvtransport).items()
@@ -44,11 +56,11 @@ def test_nothing_public_is_left_out_of_all() -> None:
     assert public - set(kvtransport.__all__) == set()
 
 
-def test_every_public_name_is_documented() -> None:
+def test_every_public_name_is_documented(kvtransport: types.ModuleType) -> None:
     assert {n for n in kvtransport.__all__ if not n.startswith("__")} - documented() == set()
 
 
-def test_every_documented_name_exists() -> None:
+def test_every_documented_name_exists(kvtransport: types.ModuleType) -> None:
     unknown = set()
     for name in documented():
         owner: object = kvtransport
@@ -60,12 +72,12 @@ def test_every_documented_name_exists() -> None:
     assert unknown == set()
 
 
-def test_documented_top_level_names_are_in_all() -> None:
+def test_documented_top_level_names_are_in_all(kvtransport: types.ModuleType) -> None:
     top = {name for name in documented() if "." not in name}
     assert top - set(kvtransport.__all__) == set()
 
 
-def test_public_members_are_documented() -> None:
+def test_public_members_are_documented(kvtransport: types.ModuleType) -> None:
     """Of the classes that a user calls. Errors and records are documented by their fields, in their own
     pages."""
     missing = {
@@ -89,14 +101,14 @@ def stub_members(body: list[ast.stmt]) -> set[str]:
     return {name for name in names if not name.startswith("_")}
 
 
-def test_stub_names_what_the_extension_has() -> None:
+def test_stub_names_what_the_extension_has(native: types.ModuleType) -> None:
     module = ast.parse(STUB.read_text())
-    assert stub_members(module.body) == {name for name in dir(_native) if not name.startswith("_")}
+    assert stub_members(module.body) == {name for name in dir(native) if not name.startswith("_")}
 
 
-def test_stub_classes_have_the_members_of_the_extension() -> None:
+def test_stub_classes_have_the_members_of_the_extension(native: types.ModuleType) -> None:
     module = ast.parse(STUB.read_text())
     for node in module.body:
         if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
-            real = {name for name in vars(getattr(_native, node.name)) if not name.startswith("_")}
+            real = {name for name in vars(getattr(native, node.name)) if not name.startswith("_")}
             assert stub_members(node.body) == real, node.name
