@@ -109,8 +109,8 @@ def test_memory_has_no_sockets_threads_or_clocks() -> None:
 
 
 def test_backends_do_not_include_each_other() -> None:
-    """A backend's files begin with its name, which is that of its Python file: tcp.hpp, tcp_lane.cpp. The others
-    are the seam: every backend may include them, and they include no backend.
+    """A backend's files begin with its name, which is that of its Python file: tcp.hpp, tcp_lane.cpp. The
+    others are the seam: every backend may include them, and they include no backend.
     """
     seam = {"__init__", "base"}
     python = {path.stem for path in tree.python_files("kvtransport/backends")} - seam
