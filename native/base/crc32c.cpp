@@ -1,5 +1,6 @@
-// The choice of a CRC-32C kernel, and the one that every machine can run: tables, eight bytes at a time ("slicing-by-8",
-// Kounavis and Berry, "A Systematic Approach to Building High Performance Software-based CRC Generators", ISCC 2005).
+// The choice of a CRC-32C kernel, and the one that every machine can run: tables, eight bytes at a time
+// ("slicing-by-8", Kounavis and Berry, "A Systematic Approach to Building High Performance Software-based CRC
+// Generators", ISCC 2005).
 #include "base/crc32c.hpp"
 
 #include <array>
@@ -56,7 +57,8 @@ struct Choice {
 
     Choice() {
 #if defined(__x86_64__)
-        if (crc32c_kernel::vpclmulqdq_available()) kernels[count++] = {"vpclmulqdq", crc32c_kernel::vpclmulqdq};
+        if (crc32c_kernel::vpclmulqdq_available())
+            kernels[count++] = {"vpclmulqdq", crc32c_kernel::vpclmulqdq};
         if (crc32c_kernel::sse42_available()) kernels[count++] = {"sse4.2", crc32c_kernel::sse42};
 #elif defined(__aarch64__)
         if (crc32c_kernel::armv8_available()) kernels[count++] = {"armv8", crc32c_kernel::armv8};
@@ -72,7 +74,8 @@ const Choice& choice() noexcept {
 
 std::uint32_t choose(std::uint32_t crc, const void* data, std::size_t nbytes) noexcept;
 
-// Starts at choose(), which puts the best kernel here: a header's 64 bytes can't afford the guard of a static at every call.
+// Starts at choose(), which puts the best kernel here: a header's 64 bytes can't afford the guard of a static
+// at every call.
 constinit std::atomic<std::uint32_t (*)(std::uint32_t, const void*, std::size_t) noexcept> active{choose};
 
 std::uint32_t choose(std::uint32_t crc, const void* data, std::size_t nbytes) noexcept {

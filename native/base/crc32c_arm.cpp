@@ -1,5 +1,5 @@
-// CRC-32C with ARMv8's crc32c instruction: three chains side by side as in crc32c_x86.cpp, merged in plain arithmetic
-// (the carry-less multiplication is optional on ARM). Tested under emulation (qemu) only.
+// CRC-32C with ARMv8's crc32c instruction: three chains side by side as in crc32c_x86.cpp, merged in plain
+// arithmetic (the carry-less multiplication is optional on ARM). Tested under emulation (qemu) only.
 #if defined(__aarch64__)
 
 #include <arm_acle.h>

@@ -1,6 +1,7 @@
 // The kernels of crc32c.hpp that need special instructions.
 //
-// Here: their names, and whether this machine has what they need. Not here: the choice between them (crc32c.cpp).
+// Here: their names, and whether this machine has what they need. Not here: the choice between them
+// (crc32c.cpp).
 // Invariant: a kernel is called only where its available() is true.
 #pragma once
 

@@ -1,6 +1,7 @@
 // Arithmetic modulo the CRC-32C polynomial, from which every constant of the kernels is derived.
 //
-// Here: powers of x and products in the reflected form that CRC registers have (bit 31 is x^0). All constexpr.
+// Here: powers of x and products in the reflected form that CRC registers have (bit 31 is x^0). All
+// constexpr.
 // Not here: reading memory. Not part of the interface of crc32c.hpp.
 // Invariant: a value is always the remainder of degree below 32.
 #pragma once
@@ -30,10 +31,10 @@ constexpr std::uint32_t x_to(std::uint64_t n) {
     return result;
 }
 
-// A carry-less product of two reflected registers comes out one place low: it reads as the product times x. A 32-bit constant
-// in the low half of a 64-bit register reads as the constant times x^32. So to multiply a 64-bit register by x^n, with a
-// 128-bit register as the result, multiply by x^(n - 33). (The same 33 serves a 32-bit register whose 64-bit
-// product then goes through the crc32 instruction, which multiplies by x^32.)
+// A carry-less product of two reflected registers comes out one place low: it reads as the product times x. A
+// 32-bit constant in the low half of a 64-bit register reads as the constant times x^32. So to multiply a
+// 64-bit register by x^n, with a 128-bit register as the result, multiply by x^(n - 33). (The same 33 serves
+// a 32-bit register whose 64-bit product then goes through the crc32 instruction, which multiplies by x^32.)
 constexpr std::uint64_t fold(std::uint64_t n) { return x_to(n - 33); }
 
 static_assert(multiply(x_to(17), x_to(40)) == x_to(57));

@@ -1,15 +1,16 @@
 // CRC-32C with x86-64's crc32 and carry-less multiplication.
 //
-// "sse4.2": three crc32 chains side by side, since the instruction takes three cycles and starts one each cycle; their
-// registers are merged by multiplying with powers of x (Gopal et al., "Fast CRC Computation for iSCSI Polynomial Using CRC32
-// Instruction", Intel 2011).
-// "vpclmulqdq": the message is folded 256 bytes at a time by multiplying 64-bit lanes with powers of x (Gopal et al., "Fast CRC
-// Computation for Generic Polynomials Using PCLMULQDQ Instruction", Intel 2009, here on four lanes at once). The last 16 bytes
-// go through the crc32 instruction instead of a Barrett reduction.
+// "sse4.2": three crc32 chains side by side, since the instruction takes three cycles and starts one each
+// cycle; their registers are merged by multiplying with powers of x (Gopal et al., "Fast CRC Computation for
+// iSCSI Polynomial Using CRC32 Instruction", Intel 2011).
+// "vpclmulqdq": the message is folded 256 bytes at a time by multiplying 64-bit lanes with powers of x (Gopal
+// et al., "Fast CRC Computation for Generic Polynomials Using PCLMULQDQ Instruction", Intel 2009, here on
+// four lanes at once). The last 16 bytes go through the crc32 instruction instead of a Barrett reduction.
 #if defined(__x86_64__)
 
 #if defined(__GNUC__) && !defined(__clang__)
-// gcc's own AVX-512 headers start from undefined registers, which it then warns about where they are inlined (gcc bug 105593).
+// gcc's own AVX-512 headers start from undefined registers, which it then warns about where they are inlined
+// (gcc bug 105593).
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
@@ -76,7 +77,8 @@ KVT_SSE42 inline std::uint32_t three_chains(std::uint32_t crc, const unsigned ch
     return crc;
 }
 
-// Constants that move a 128-bit lane over `bits` more bits of message: its low half holds the higher powers of x.
+// Constants that move a 128-bit lane over `bits` more bits of message: its low half holds the higher powers
+// of x.
 KVT_AVX512 inline __m128i lane_constants(std::uint64_t low, std::uint64_t high) {
     return _mm_set_epi64x(static_cast<long long>(high), static_cast<long long>(low));
 }
@@ -96,8 +98,8 @@ KVT_AVX512 inline __m512i fold_into(__m512i lanes, __m512i constants, __m512i ne
 
 // Four lanes to one: the first three move over those behind them.
 KVT_AVX512 inline __m128i fold_lanes(__m512i lanes) {
-    constexpr std::uint64_t k3[] = {fold(3 * 128 + 64), fold(3 * 128)}, k2[] = {fold(2 * 128 + 64), fold(2 * 128)},
-                            k1[] = {fold(128 + 64), fold(128)};
+    constexpr std::uint64_t k3[] = {fold(3 * 128 + 64), fold(3 * 128)},
+                            k2[] = {fold(2 * 128 + 64), fold(2 * 128)}, k1[] = {fold(128 + 64), fold(128)};
     __m512i constants = _mm512_castsi128_si512(lane_constants(k3[0], k3[1]));
     constants = _mm512_inserti32x4(constants, lane_constants(k2[0], k2[1]), 1);
     constants = _mm512_inserti32x4(constants, lane_constants(k1[0], k1[1]), 2);
@@ -128,12 +130,15 @@ KVT_AVX512 inline std::uint32_t fold_all(std::uint32_t crc, const unsigned char*
     for (; nbytes >= 64; nbytes -= 64, p += 64) a = fold_into(a, by_64, _mm512_loadu_si512(p));
     const __m128i rest = fold_lanes(a);
     const std::uint64_t wide = _mm_crc32_u64(0, static_cast<std::uint64_t>(_mm_cvtsi128_si64(rest)));
-    return static_cast<std::uint32_t>(_mm_crc32_u64(wide, static_cast<std::uint64_t>(_mm_extract_epi64(rest, 1))));
+    return static_cast<std::uint32_t>(
+        _mm_crc32_u64(wide, static_cast<std::uint64_t>(_mm_extract_epi64(rest, 1))));
 }
 
 }  // namespace
 
-bool sse42_available() noexcept { return __builtin_cpu_supports("sse4.2") && __builtin_cpu_supports("pclmul"); }
+bool sse42_available() noexcept {
+    return __builtin_cpu_supports("sse4.2") && __builtin_cpu_supports("pclmul");
+}
 
 KVT_SSE42 std::uint32_t sse42(std::uint32_t crc, const void* data, std::size_t nbytes) noexcept {
     auto* p = static_cast<const unsigned char*>(data);

@@ -85,6 +85,12 @@ void Session::send_abort(const Transfer& transfer) {
 
 // ---- posting and telling
 
+void Session::open(SessionConfig config, Time now) {
+    config_ = config;
+    opened_ = true;
+    heard_at_ = spoke_at_ = now;
+}
+
 void Session::post(TransferPtr transfer, std::uint64_t pool_id, Time now) {
     const bool source = transfer->role == Role::source;
     auto& keys = source ? source_keys_ : destination_keys_;
@@ -127,7 +133,7 @@ void Session::post(TransferPtr transfer, std::uint64_t pool_id, Time now) {
 }
 
 void Session::tell_or_queue(const TransferPtr& transfer) {
-    if (!untold_.empty() || outstanding_ >= config_.unmatched || outbox_.size() > config_.outbox_nbytes / 2) {
+    if (!opened_ || !untold_.empty() || outstanding_ >= config_.unmatched || outbox_.size() > config_.outbox_nbytes / 2) {
         untold_.push_back(transfer);
         return;
     }
@@ -157,6 +163,9 @@ void Session::tell(const TransferPtr& transfer) {
 }
 
 void Session::pump(Time) {
+    if (!opened_) {
+        return;
+    }
     while (!untold_.empty() && outbox_.size() <= config_.outbox_nbytes / 2) {
         const TransferPtr next = untold_.front();
         if (next->told || next->state != State::posted) {

@@ -72,7 +72,10 @@ struct SessionConfig {
 
 class Session {
   public:
-    explicit Session(SessionConfig config, Time now) : config_(config), heard_at_(now), spoke_at_(now) {}
+    /// A session whose handshake isn't over: what is posted waits for open().
+    explicit Session(Time now) : heard_at_(now), spoke_at_(now) {}
+    explicit Session(SessionConfig config, Time now) : config_(config), opened_(true), heard_at_(now), spoke_at_(now) {}
+    void open(SessionConfig config, Time now);
 
     // What the local user asks. post() throws LocalViolation when the key is in use.
     void post(TransferPtr transfer, std::uint64_t pool_id, Time now);
@@ -102,6 +105,11 @@ class Session {
     Time next_deadline() const noexcept { return next_deadline_; }
     void resumed(Time now);                  // our own process stood still: stall clocks start anew
     bool poll_gates(Time now);               // true while a gated transfer waits
+    bool gates_wait() const noexcept { return !gated_.empty(); }
+    /// Memory backends in one process: the destination's mover holds the source's record while it copies; null when the
+    /// source has ended. Each one lent is returned().
+    TransferPtr lend(std::uint64_t offer);
+    void returned(const TransferPtr& transfer, Time now);
     void progressed(const TransferPtr& transfer, Time now) noexcept { transfer->moved_at = now; }
     void lost(Cause cause, const std::string& reason, Time now);
     bool is_lost() const noexcept { return lost_; }
@@ -192,6 +200,7 @@ class Session {
     TransferPtr destination(std::uint64_t want) const;
 
     SessionConfig config_;
+    bool opened_ = false;
     bool lost_ = false;
     Time heard_at_, spoke_at_, next_deadline_ = kNever;
     std::optional<CloseCode> peer_closed_;

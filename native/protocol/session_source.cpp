@@ -257,6 +257,7 @@ void Session::chunk_left(const ChunkJob& job, bool whole, bool begun, Time now) 
         return;
     }
     counters_.bytes_out += job.range.end - job.range.begin;
+    transfer->sent_nbytes += job.range.end - job.range.begin;
     if (transfer->active != 0 || !transfer->pending.empty() || transfer->finished) {
         return;
     }
@@ -270,6 +271,24 @@ void Session::chunk_left(const ChunkJob& job, bool whole, bool begun, Time now) 
             apply(transfer, Event::done, now);
         }
     }
+}
+
+TransferPtr Session::lend(std::uint64_t offer) {
+    const auto known = offers_.find(offer);
+    if (lost_ || known == offers_.end()) {
+        return nullptr;
+    }
+    const State state = known->second->state;
+    if (state != State::posted && state != State::matched && state != State::moving && state != State::sent) {
+        return nullptr;
+    }
+    ++known->second->active;
+    return known->second;
+}
+
+void Session::returned(const TransferPtr& transfer, Time now) {
+    --transfer->active;
+    transfer->moved_at = now;
 }
 
 // ---- the destination's word

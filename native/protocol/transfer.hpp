@@ -168,6 +168,7 @@ class Transfer {
     std::vector<bool> released;    // source: spans already moved from the gate to pending
     std::uint32_t active = 0;      // chunks that a mover holds
     std::uint64_t chunks = 0;      // begun
+    std::uint64_t sent_nbytes = 0; // source: in chunks that have wholly left
     std::uint64_t peer_chunks = 0;
     Time posted_at = 0, matched_at = 0, first_byte_at = 0, over_at = 0;
     Time waits_since = 0;          // for the peer or the gate

@@ -1,0 +1,138 @@
+// TCP and unix stream sockets: one control connection and N lanes to one peer.
+//
+// Lives here: sockets, partial reads and writes, which thread does them. Does not live here: dialling and accepting (Python,
+// engine/admission), frames' meaning (protocol). Invariants: each socket has one owner (the reactor for control, a mover for
+// each lane) and each direction one lock; whoever holds it does the work. Payload goes straight between socket and blocks.
+#pragma once
+
+#include <atomic>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "backends/mover.hpp"
+#include "backends/path.hpp"
+#include "base/event_loop.hpp"
+#include "base/fd.hpp"
+
+namespace kvt::backends {
+
+struct TcpOptions {
+    unsigned lanes = 2;
+    int socket_buffer_nbytes = 0;
+    protocol::DigestKind digest = protocol::DigestKind::none;
+    std::string name = "tcp";
+};
+
+class TcpPath;
+
+/// The control stream's socket.
+class TcpControl final : public Pollable, public std::enable_shared_from_this<TcpControl> {
+  public:
+    TcpControl(PathHost& host, std::shared_ptr<void> keep_host, EventLoop& reactor, Fd fd);
+
+    void start();
+    void on_events(std::uint32_t events) override;
+    void flush();
+    bool drive(const Path::StopCondition& stop, int wake_fd, std::int64_t until);
+    void read_last_words();
+    void close();
+
+  private:
+    enum class Read { progress, nothing, dead };
+    Read read_frames();
+    bool parse();
+    std::size_t frame_nbytes(std::size_t at);
+    void write_out();
+    void set_interest();
+
+    PathHost& host_;
+    std::weak_ptr<void> keep_host_;
+    EventLoop& reactor_;
+    Fd fd_;
+
+    std::mutex rx_mutex_;    // held by whoever reads and acts on frames
+    protocol::Bytes rx_;
+    std::size_t rx_begin_ = 0, rx_end_ = 0;
+
+    std::mutex tx_mutex_;
+    std::atomic<bool> tx_again_{false};
+    protocol::Bytes tx_;
+    std::size_t tx_at_ = 0;
+
+    std::mutex interest_mutex_;
+    bool driven_ = false, blocked_ = false, closed_ = false;
+};
+
+/// One lane's socket.
+class TcpLane final : public Pollable, public Runnable, public protocol::LaneHost, public std::enable_shared_from_this<TcpLane> {
+  public:
+    TcpLane(PathHost& host, std::shared_ptr<void> keep_host, Mover& mover, Fd fd, protocol::DigestKind digest);
+
+    void start();
+    void kick();
+    void on_events(std::uint32_t events) override;
+    bool run() override;
+    /// Writes one whole chunk from the calling thread, if the lane is idle; true if a chunk was taken.
+    bool write_from_here();
+    void quiesce(const protocol::Transfer* transfer);
+    void close();
+
+    protocol::ChunkTarget chunk_begin(const protocol::Header& header) override { return host_.chunk_begin(header); }
+    void chunk_end(const protocol::ChunkTarget& target, const protocol::Trailer& trailer, bool verified) override;
+    void chunk_left(const protocol::ChunkJob& job, bool whole, bool begun) override;
+
+  private:
+    enum class Turn { idle, more, dead };
+    Turn read_turn();
+    Turn write_turn(const protocol::Staging& staging, std::size_t budget, bool one_chunk);
+    void broke(const std::string& reason);
+
+    PathHost& host_;
+    std::weak_ptr<void> keep_host_;
+    Mover& mover_;
+    Fd fd_;
+    std::size_t io_nbytes_;
+    std::mutex rx_mutex_, tx_mutex_;
+    protocol::LaneReader reader_;
+    protocol::LaneWriter writer_;
+    std::atomic<bool> readable_{true}, writable_{true}, dirty_{false}, closed_{false};
+};
+
+class TcpPath final : public Path {
+  public:
+    TcpPath(std::shared_ptr<PathHost> host, EventLoop& reactor, std::vector<Mover*> movers, Fd control, TcpOptions options);
+    ~TcpPath() override;
+
+    void start();
+    /// Takes the number for a lane that is about to join; false if it isn't one of ours or was used.
+    bool reserve_lane(std::uint32_t number);
+    void add_lane(Fd fd, std::uint32_t number);
+    unsigned lanes_up() const;
+
+    const char* name() const noexcept override { return options_.name.c_str(); }
+    bool memory_backend() const noexcept override { return false; }
+    void flush_control() override { control_->flush(); }
+    void kick(std::uint64_t small_nbytes) override;
+    void quiesce(const protocol::TransferPtr& transfer) override;
+    bool drive(const StopCondition& stop, int wake_fd, std::int64_t until) override { return control_->drive(stop, wake_fd, until); }
+    void read_last_words() override { control_->read_last_words(); }
+    void close() override;
+
+  private:
+    std::vector<std::shared_ptr<TcpLane>> lanes() const;
+
+    std::weak_ptr<PathHost> keep_host_;
+    PathHost& host_;
+    EventLoop& reactor_;
+    std::vector<Mover*> movers_;
+    TcpOptions options_;
+    std::shared_ptr<TcpControl> control_;
+    mutable std::mutex lanes_mutex_;
+    std::vector<std::shared_ptr<TcpLane>> lanes_;
+    std::vector<bool> reserved_;
+    bool closed_ = false;
+};
+
+}  // namespace kvt::backends

@@ -1,0 +1,219 @@
+// A lane: scatter/gather I/O between one socket and the blocks, on its mover's thread.
+#include <sys/epoll.h>
+#include <sys/socket.h>
+
+#include <cerrno>
+#include <climits>
+#include <cstring>
+
+#include "backends/tcp.hpp"
+#include "base/clock.hpp"
+
+namespace kvt::backends {
+
+using protocol::Cause;
+
+namespace {
+
+constexpr std::size_t kIov = 1024;    // IOV_MAX
+// What a turn may move before the lane's neighbours and the other direction get theirs.
+constexpr std::size_t kTurnNbytes = 1u << 20;
+
+// With digests a piece of I/O must still be in the second-level cache when it is digested (512 KiB lost 15 %).
+std::size_t io_nbytes_for(protocol::DigestKind digest) { return digest == protocol::DigestKind::none ? 1u << 20 : 256u << 10; }
+
+}  // namespace
+
+TcpLane::TcpLane(PathHost& host, std::shared_ptr<void> keep_host, Mover& mover, Fd fd, protocol::DigestKind digest)
+    : host_(host),
+      keep_host_(std::move(keep_host)),
+      mover_(mover),
+      fd_(std::move(fd)),
+      io_nbytes_(io_nbytes_for(digest)),
+      reader_(*this, digest),
+      writer_(*this, digest) {}
+
+void TcpLane::start() { mover_.add(fd_.get(), EPOLLIN | EPOLLOUT | EPOLLET, shared_from_this()); }
+
+void TcpLane::kick() { mover_.enqueue(shared_from_this()); }
+
+void TcpLane::on_events(std::uint32_t events) {
+    if ((events & (EPOLLIN | EPOLLHUP | EPOLLERR)) != 0) {
+        readable_.store(true);
+    }
+    if ((events & (EPOLLOUT | EPOLLHUP | EPOLLERR)) != 0) {
+        writable_.store(true);
+    }
+    if (run()) {
+        kick();
+    }
+}
+
+bool TcpLane::run() {
+    const auto host = keep_host_.lock();
+    if (!host || closed_.load()) {
+        return false;
+    }
+    const Turn read = read_turn();    // first: two sides that send at once would wait for each other
+    if (read == Turn::dead) {
+        return false;
+    }
+    const Turn write = write_turn(mover_.staging(), kTurnNbytes, false);
+    if (dirty_.exchange(false)) {
+        host_.settle();
+    }
+    return read == Turn::more || write == Turn::more;
+}
+
+void TcpLane::chunk_end(const protocol::ChunkTarget& target, const protocol::Trailer& trailer, bool verified) {
+    dirty_.store(true, std::memory_order_relaxed);
+    host_.chunk_end(target, trailer, verified);
+}
+
+void TcpLane::chunk_left(const protocol::ChunkJob& job, bool whole, bool begun) {
+    dirty_.store(true, std::memory_order_relaxed);
+    host_.chunk_left(job, whole, begun);
+}
+
+TcpLane::Turn TcpLane::read_turn() {
+    std::size_t moved = 0;
+    iovec iov[kIov];
+    while (readable_.load() && moved < kTurnNbytes) {
+        std::string wrong;
+        {
+            const std::lock_guard lock(rx_mutex_);
+            msghdr message{};
+            message.msg_iov = iov;
+            message.msg_iovlen = reader_.want(iov, kIov, io_nbytes_, mover_.staging());
+            std::size_t asked = 0;
+            for (std::size_t i = 0; i < message.msg_iovlen; ++i) {
+                asked += iov[i].iov_len;
+            }
+            const auto n = ::recvmsg(fd_.get(), &message, MSG_DONTWAIT);
+            if (n < 0 && errno == EAGAIN) {
+                readable_.store(false);
+                break;
+            }
+            if (n < 0 && errno == EINTR) {
+                continue;
+            }
+            if (n <= 0) {
+                wrong = std::string("reset: ") + (n == 0 ? "a lane's other end was closed" : std::strerror(errno));
+            } else {
+                moved += static_cast<std::size_t>(n);
+                host_.heard();
+                if (static_cast<std::size_t>(n) < asked) {
+                    readable_.store(false);    // edge-triggered: whatever comes later is a new edge
+                }
+                if (protocol::Transfer* transfer = reader_.transfer()) {
+                    transfer->moved_at.store(monotonic_ns(), std::memory_order_relaxed);
+                }
+                try {
+                    reader_.got(iov, message.msg_iovlen, static_cast<std::size_t>(n));
+                } catch (const protocol::Violation& violation) {
+                    wrong = violation.what();
+                    wrong.insert(0, "protocol: ");
+                }
+            }
+        }
+        if (!wrong.empty()) {
+            broke(wrong);
+            return Turn::dead;
+        }
+        if (dirty_.exchange(false)) {
+            host_.settle();
+        }
+    }
+    return readable_.load() ? Turn::more : Turn::idle;
+}
+
+TcpLane::Turn TcpLane::write_turn(const protocol::Staging& staging, std::size_t budget, bool one_chunk) {
+    const std::lock_guard lock(tx_mutex_);
+    iovec iov[kIov];
+    std::size_t moved = 0;
+    while (writable_.load() && moved < budget) {
+        if (writer_.idle()) {
+            if (one_chunk && moved > 0) {
+                return Turn::idle;
+            }
+            auto job = host_.next_chunk();
+            if (!job) {
+                return Turn::idle;
+            }
+            job->transfer->moved_at.store(monotonic_ns(), std::memory_order_relaxed);
+            writer_.start(std::move(*job));
+        }
+        msghdr message{};
+        message.msg_iov = iov;
+        message.msg_iovlen = writer_.gather(iov, kIov, io_nbytes_, staging);
+        const auto n = ::sendmsg(fd_.get(), &message, MSG_DONTWAIT | MSG_NOSIGNAL);
+        if (n < 0 && errno == EINTR) {
+            continue;
+        }
+        if (n < 0) {
+            writable_.store(false);    // full, or broken: then the reading side says so
+            return Turn::idle;
+        }
+        moved += static_cast<std::size_t>(n);
+        host_.spoke();
+        writer_.wrote(static_cast<std::size_t>(n));
+    }
+    return writable_.load() ? Turn::more : Turn::idle;
+}
+
+bool TcpLane::write_from_here() {
+    if (!tx_mutex_.try_lock()) {
+        return false;
+    }
+    const bool free = writer_.idle() && writable_.load();
+    tx_mutex_.unlock();
+    if (!free) {
+        return false;
+    }
+    write_turn({}, kTurnNbytes, true);
+    const std::lock_guard lock(tx_mutex_);
+    if (!writer_.idle()) {
+        kick();    // the socket was full: the mover goes on
+    }
+    return true;
+}
+
+void TcpLane::broke(const std::string& reason) {
+    closed_.store(true);
+    mover_.remove(fd_.get());
+    constexpr const char* kProtocol = "protocol: ";
+    if (reason.starts_with(kProtocol)) {
+        host_.lose(Cause::protocol_error, reason.substr(std::strlen(kProtocol)));
+        return;
+    }
+    host_.lane_broke(reason);
+}
+
+void TcpLane::quiesce(const protocol::Transfer* transfer) {
+    {
+        const std::lock_guard lock(rx_mutex_);
+        if (reader_.uses(transfer)) {
+            reader_.retarget();
+        }
+    }
+    bool padding = false;
+    {
+        const std::lock_guard lock(tx_mutex_);
+        if (writer_.uses(transfer)) {
+            writer_.abandon();
+            padding = true;
+        }
+    }
+    if (padding && !closed_.load()) {
+        kick();
+    }
+}
+
+void TcpLane::close() {
+    if (!closed_.exchange(true)) {
+        mover_.remove(fd_.get());
+    }
+    ::shutdown(fd_.get(), SHUT_RDWR);
+}
+
+}  // namespace kvt::backends

@@ -1,0 +1,170 @@
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include "base/clock.hpp"
+#include "bindings/objects.hpp"
+#include "bindings/raise.hpp"
+
+namespace kvt::bindings {
+
+namespace {
+
+nb::object exception_of(const PyTransfer& self) {
+    if (!self.handle().done()) {
+        return nb::none();
+    }
+    const engine::Result& result = self.transfer ? self.transfer->result : self.message->result;
+    if (result.outcome.cause == protocol::Cause::ok) {
+        return nb::none();
+    }
+    return self.transfer ? error_of(*self.transfer) : error_of(*self.message);
+}
+
+nb::object result_of(const PyTransfer& self) {
+    if (!self.handle().done()) {
+        raise("LocalProtocolError", "the result was asked for before the operation ended");
+    }
+    const nb::object error = exception_of(self);
+    if (!error.is_none()) {
+        PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(error.ptr())), error.ptr());
+        throw nb::python_error();
+    }
+    if (!self.transfer) {
+        return nb::none();
+    }
+    const engine::Result& r = self.transfer->result;
+    const auto seconds = [](std::int64_t ns) { return static_cast<double>(ns) / 1e9; };
+    return nb::make_tuple(r.nbytes, seconds(r.seconds_ns), r.backend, r.blocks, r.runs, r.chunks, r.resumed_nbytes, seconds(r.wire_ns),
+                          seconds(r.queued_ns), nb::bytes(r.meta.data(), r.meta.size()));
+}
+
+bool wait(const PyTransfer& self, double timeout_s) {
+    if (self.handle().done()) {
+        return true;
+    }
+    require_alive(*self.engine);
+    const std::int64_t until = until_of(timeout_s);
+    for (;;) {
+        bool over = false;
+        {
+            nb::gil_scoped_release unlocked;
+            over = self.connection().wait(self.handle(), until);
+        }
+        if (over) {
+            return true;
+        }
+        if (PyErr_CheckSignals() != 0) {
+            throw nb::python_error();
+        }
+        if (monotonic_ns() >= until) {
+            return false;
+        }
+    }
+}
+
+bool wait_layer(const PyTransfer& self, std::uint32_t layer, double timeout_s) {
+    using LayerState = engine::Connection::LayerState;
+    if (!self.transfer) {
+        throw nb::type_error("a message has no layers");
+    }
+    const std::int64_t until = until_of(timeout_s);
+    for (;;) {
+        require_alive(*self.engine);
+        LayerState state{};
+        {
+            nb::gil_scoped_release unlocked;
+            state = self.connection().wait_layer(self.transfer, layer, until);
+        }
+        switch (state) {
+            case LayerState::landed: return true;
+            case LayerState::unknown: throw nb::value_error(("the transfer has no layer " + std::to_string(layer)).c_str());
+            case LayerState::over: result_of(self); return true;    // raises: a layer that didn't land means an error
+            case LayerState::waiting: break;
+        }
+        if (PyErr_CheckSignals() != 0) {
+            throw nb::python_error();
+        }
+        if (monotonic_ns() >= until) {
+            return false;
+        }
+    }
+}
+
+/// One waiter over many handles.
+bool wait_many(const std::vector<PyTransfer*>& handles, double timeout_s, bool all_of) {
+    const std::int64_t until = until_of(timeout_s);
+    const auto satisfied = [&] {
+        std::size_t done = 0;
+        for (const PyTransfer* handle : handles) {
+            done += handle->handle().done() ? 1u : 0u;
+        }
+        return all_of ? done == handles.size() : done > 0 || handles.empty();
+    };
+    while (!satisfied()) {
+        {
+            nb::gil_scoped_release unlocked;
+            engine::Waiter waiter;
+            bool ended = false;
+            for (const PyTransfer* handle : handles) {
+                // For all of them, those that are done already don't wake us; for any of them, one suffices.
+                ended = !handle->handle().subscribe(&waiter) && !all_of ? true : ended;
+            }
+            if (!ended && !satisfied()) {
+                waiter.wait(until);
+            }
+            for (const PyTransfer* handle : handles) {
+                handle->handle().unsubscribe(&waiter);
+            }
+        }
+        if (PyErr_CheckSignals() != 0) {
+            throw nb::python_error();
+        }
+        if (monotonic_ns() >= until) {
+            return satisfied();
+        }
+    }
+    return true;
+}
+
+std::string state_of(const PyTransfer& self) {
+    if (self.transfer) {
+        return self.transfer->connection()->state_of(*self.transfer);
+    }
+    if (!self.message->done()) {
+        return "posted";
+    }
+    return self.message->result.outcome.cause == protocol::Cause::ok ? "done" : "failed";
+}
+
+}  // namespace
+
+void bind_transfer(nb::module_& m) {
+    nb::class_<PyTransfer>(m, "Transfer")
+        .def("wait", &wait, nb::arg("timeout_s"))
+        .def("result", &result_of)
+        .def("exception", &exception_of)
+        .def("done", [](const PyTransfer& self) { return self.handle().done(); })
+        .def("cancel",
+             [](const PyTransfer& self) {
+                 require_alive(*self.engine);
+                 if (self.transfer && !self.transfer->done()) {
+                     translate([&] { self.transfer->connection()->cancel(self.transfer); });
+                 }
+             })
+        .def("state", &state_of)
+        .def("progress",
+             [](const PyTransfer& self) {
+                 if (!self.transfer) {
+                     return std::make_pair(std::uint64_t{0}, std::uint64_t{0});
+                 }
+                 return self.transfer->connection()->progress_of(*self.transfer);
+             })
+        .def("wait_layer", &wait_layer, nb::arg("layer"), nb::arg("timeout_s"))
+        .def("subscribe", [](const PyTransfer& self, PyQueue& queue, std::uint64_t tag) { return self.handle().subscribe(queue.queue, tag); },
+             nb::arg("queue"), nb::arg("handle_id"));
+
+    m.def("wait_many", &wait_many, nb::arg("handles"), nb::arg("timeout_s"), nb::arg("all_of"));
+}
+
+}  // namespace kvt::bindings

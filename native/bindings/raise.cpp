@@ -1,0 +1,204 @@
+#include "bindings/raise.hpp"
+
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <system_error>
+
+namespace kvt::bindings {
+
+using protocol::Cause;
+
+namespace {
+
+nb::object key_object(const engine::TransferHandle& handle) {
+    if (handle.key_is_text) {
+        return nb::str(handle.key.data(), handle.key.size());
+    }
+    return nb::bytes(handle.key.data(), handle.key.size());
+}
+
+std::string shown_key(const engine::TransferHandle& handle) {
+    return (handle.role == protocol::Role::source ? "send '" : "receive '") + handle.key + "'";
+}
+
+// The reason of a loss starts with its cause: "reset: ...", "heartbeat: ...".
+std::pair<std::string, std::string> split_reason(const std::string& reason) {
+    const auto colon = reason.find(": ");
+    if (colon == std::string::npos) {
+        return {"reset", reason};
+    }
+    return {reason.substr(0, colon), reason.substr(colon + 2)};
+}
+
+nb::dict blocks_of(const engine::Result& result) {
+    nb::dict groups;
+    for (const auto& group : result.block_outcomes) {
+        nb::dict states;
+        for (const std::uint32_t id : group.sealed) {
+            states[nb::int_(id)] = "sealed";
+        }
+        for (const std::uint32_t id : group.poisoned) {
+            states[nb::int_(id)] = "poisoned";
+        }
+        groups[nb::str(group.group.data(), group.group.size())] = states;
+    }
+    return groups;
+}
+
+struct Shape {
+    const char* cls;
+    std::string message;
+    bool retryable;
+};
+
+std::string corrupt_blocks(const engine::Result& result) {
+    std::string text;
+    std::size_t named = 0;
+    for (const auto& group : result.corrupt) {
+        for (const std::uint32_t id : group.ids) {
+            if (++named > 16) {
+                return text + ", ...";
+            }
+            text += (named > 1 ? ", " : "") + std::to_string(id);
+        }
+    }
+    return text;
+}
+
+Shape shape_of(const engine::TransferHandle& handle) {
+    const engine::Result& result = handle.result;
+    const std::string who = shown_key(handle);
+    const std::string& reason = result.outcome.reason;
+    const auto seconds = [](protocol::Time ns) { return std::to_string(static_cast<double>(ns) / 1e9).substr(0, 6) + " s"; };
+    switch (result.outcome.cause) {
+        case Cause::cancelled: return {"TransferCancelled", who + ": " + (reason.empty() ? "cancelled here" : reason), true};
+        case Cause::timeout_match:
+            return {"TransferTimeout", who + ": the other side did not post this key within match_timeout_s=" + seconds(handle.limits.match), true};
+        case Cause::timeout_gate:
+            return {"TransferTimeout", who + ": the source's layer gate stayed shut for match_timeout_s=" + seconds(handle.limits.match), true};
+        case Cause::timeout_bytes:
+            return {"TransferTimeout", who + ": no byte moved for stall_timeout_s=" + seconds(handle.limits.stall), true};
+        case Cause::timeout_total: return {"TransferTimeout", who + ": not done within timeout_s=" + seconds(handle.limits.total), true};
+        case Cause::peer_aborted: return {"PeerAborted", who + ": the peer ended it: " + reason, true};
+        case Cause::integrity:
+            return {"IntegrityError", who + ": the digest of what landed doesn't agree with what was sent, in block ids " + corrupt_blocks(result) +
+                                          "; post these again, and look at memory or network hardware", true};
+        case Cause::layout_mismatch:
+            return {"LayoutMismatch", who + ": " + result.outcome.mismatch.path + ": theirs " + result.outcome.mismatch.theirs + ", ours " +
+                                          result.outcome.mismatch.ours, false};
+        case Cause::peer_lost: return {"PeerLost", who + ": the connection was lost (" + reason + ")", true};
+        case Cause::connection_closed: return {"ConnectionClosed", who + ": " + reason, false};
+        case Cause::protocol_error: return {"RemoteProtocolError", who + ": the peer broke the protocol: " + reason, false};
+        case Cause::resource_limit: return {"ResourceLimit", who + ": " + reason, false};
+        case Cause::ok: break;
+    }
+    return {"KVTransportError", who, false};
+}
+
+const char* waiting_for(Cause cause) {
+    switch (cause) {
+        case Cause::timeout_match: return "match";
+        case Cause::timeout_gate: return "gate";
+        case Cause::timeout_bytes: return "bytes";
+        default: return "total";
+    }
+}
+
+void add_class_attributes(nb::dict& attributes, const engine::Result& result) {
+    const protocol::Outcome& outcome = result.outcome;
+    switch (outcome.cause) {
+        case Cause::timeout_match:
+        case Cause::timeout_gate:
+        case Cause::timeout_bytes:
+        case Cause::timeout_total: attributes["waiting_for"] = waiting_for(outcome.cause); break;
+        case Cause::peer_aborted: attributes["reason"] = outcome.reason; break;
+        case Cause::layout_mismatch:
+            attributes["path"] = outcome.mismatch.path;
+            attributes["ours"] = outcome.mismatch.ours;
+            attributes["theirs"] = outcome.mismatch.theirs;
+            break;
+        case Cause::peer_lost: attributes["cause"] = split_reason(outcome.reason).first; break;
+        default: break;
+    }
+}
+
+}  // namespace
+
+nb::object make_error(const char* cls, const std::string& message, nb::dict attributes) {
+    const nb::object type = nb::module_::import_("kvtransport.errors").attr(cls);
+    return type(nb::str(message.data(), message.size()), **attributes);
+}
+
+void raise(const char* cls, const std::string& message, nb::dict attributes) {
+    const nb::object error = make_error(cls, message, std::move(attributes));
+    PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(error.ptr())), error.ptr());
+    throw nb::python_error();
+}
+
+nb::object error_of(const engine::TransferHandle& handle) {
+    const engine::Result& result = handle.result;
+    const Shape shape = shape_of(handle);
+    nb::dict attributes;
+    attributes["key"] = key_object(handle);
+    attributes["blocks"] = blocks_of(result);
+    attributes["quiesced"] = true;
+    attributes["retryable"] = shape.retryable;
+    attributes["backend"] = result.backend;
+    if (handle.role == protocol::Role::source) {
+        attributes["delivered"] = result.outcome.delivered == protocol::Delivered::unknown ? nb::none() : nb::object(nb::bool_(false));
+    }
+    add_class_attributes(attributes, result);
+    return make_error(shape.cls, shape.message, attributes);
+}
+
+nb::object error_of(const engine::MessageHandle& handle) {
+    if (handle.after && handle.after->result.outcome.cause != Cause::ok) {
+        return error_of(*handle.after);
+    }
+    const protocol::Outcome& outcome = handle.result.outcome;
+    nb::dict attributes;
+    attributes["delivered"] = outcome.delivered == protocol::Delivered::unknown ? nb::none() : nb::object(nb::bool_(false));
+    if (outcome.cause == Cause::connection_closed) {
+        return make_error("ConnectionClosed", "message: " + outcome.reason, attributes);
+    }
+    attributes["cause"] = split_reason(outcome.reason).first;
+    return make_error("PeerLost", "message: the connection was lost (" + outcome.reason + ")", attributes);
+}
+
+void rethrow() {
+    try {
+        throw;
+    } catch (const engine::NotUsable& lost) {
+        nb::dict attributes;
+        switch (lost.cause) {
+            case Cause::connection_closed: raise("ConnectionClosed", lost.what());
+            case Cause::protocol_error: raise("RemoteProtocolError", std::string("the connection was closed: the peer broke the protocol: ") + lost.what());
+            case Cause::resource_limit: raise("ResourceLimit", lost.what());
+            default:
+                attributes["cause"] = split_reason(lost.what()).first;
+                raise("PeerLost", std::string("the connection is lost (") + lost.what() + "); connect again", attributes);
+        }
+    } catch (const protocol::LocalViolation& forbidden) {
+        raise("LocalProtocolError", forbidden.what());
+    } catch (const protocol::Excess& excess) {
+        raise("ResourceLimit", excess.what());
+    } catch (const std::invalid_argument& misuse) {
+        throw nb::value_error(misuse.what());
+    } catch (const std::out_of_range& misuse) {
+        throw nb::value_error(misuse.what());
+    } catch (const std::length_error& misuse) {
+        throw nb::value_error(misuse.what());
+    } catch (const std::system_error& error) {
+        nb::dict attributes;
+        raise("ResourceLimit", error.what());
+    }
+}
+
+void require_alive(const engine::Engine& engine) {
+    if (engine.forked()) {
+        raise("ForkedProcessError", "this process is a fork of the one that made the Endpoint: make a new Endpoint here");
+    }
+}
+
+}  // namespace kvt::bindings

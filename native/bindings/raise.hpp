@@ -1,0 +1,45 @@
+// From native outcomes to kvtransport's typed errors.
+//
+// The classes live in kvtransport/errors.py and are looked up there when first needed: any of them can be made by
+// cls(message, **attributes). All functions here need the GIL, except translate(), which gives it up meanwhile.
+#pragma once
+
+#include <nanobind/nanobind.h>
+
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+#include "engine/connection.hpp"
+#include "engine/engine.hpp"
+
+namespace kvt::bindings {
+
+namespace nb = nanobind;
+
+[[noreturn]] void raise(const char* cls, const std::string& message, nb::dict attributes = nb::dict());
+nb::object make_error(const char* cls, const std::string& message, nb::dict attributes);
+
+/// The exception of a transfer or message that ended with anything but success.
+nb::object error_of(const engine::TransferHandle& handle);
+nb::object error_of(const engine::MessageHandle& handle);
+
+/// Rethrows the C++ exception in flight as the Python one that callers expect. Needs the GIL.
+[[noreturn]] void rethrow();
+
+/// Runs `work` without the GIL. Exceptions come out as Python's.
+template <class Work>
+auto translate(Work&& work) {
+    try {
+        nb::gil_scoped_release unlocked;
+        return std::forward<Work>(work)();
+    } catch (const nb::python_error&) {
+        throw;
+    } catch (...) {
+        rethrow();
+    }
+}
+
+void require_alive(const engine::Engine& engine);
+
+}  // namespace kvt::bindings

@@ -1,0 +1,268 @@
+#include "engine/admission.hpp"
+
+#include <fcntl.h>
+#include <sys/epoll.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+#include <string>
+#include <utility>
+
+#include "backends/tcp.hpp"
+#include "base/clock.hpp"
+#include "engine/engine.hpp"
+#include "protocol/bytes.hpp"
+
+namespace kvt::engine {
+
+namespace {
+
+constexpr char kMagic[8] = {'K', 'V', 'T', 'R', 'N', 'S', 'P', '1'};
+constexpr char kJoinMagic[8] = {'K', 'V', 'T', 'J', 'O', 'I', 'N', '\0'};
+constexpr std::uint8_t kRoleControl = 1;
+constexpr std::uint8_t kRoleLane = 2;
+constexpr std::size_t kRoleAt = 12;
+
+}  // namespace
+
+class Admission::Listener final : public Pollable {
+  public:
+    Listener(Admission& owner, std::uint64_t number, Fd socket) : id(number), fd(std::move(socket)), owner_(owner) {}
+    void on_events(std::uint32_t) override { owner_.accept_all(*this); }
+    const std::uint64_t id;
+    Fd fd;
+
+  private:
+    Admission& owner_;
+};
+
+class Admission::Stranger final : public Pollable {
+  public:
+    Stranger(Admission& owner, std::uint64_t from, Fd socket, protocol::Time until)
+        : listener(from), fd(std::move(socket)), deadline(until), owner_(owner) {}
+
+    void on_events(std::uint32_t) override {
+        for (;;) {
+            const std::size_t need = have < kPreambleNbytes ? kPreambleNbytes : kPreambleNbytes + kJoinNbytes;
+            const auto n = ::recv(fd.get(), raw.data() + have, need - have, MSG_DONTWAIT);
+            if (n < 0 && (errno == EAGAIN || errno == EINTR)) {
+                return;
+            }
+            if (n <= 0) {
+                owner_.forget(*this);
+                return;
+            }
+            have += static_cast<std::size_t>(n);
+            if (have < need) {
+                continue;
+            }
+            if (std::memcmp(raw.data(), kMagic, sizeof kMagic) != 0) {
+                owner_.forget(*this);
+                return;
+            }
+            const auto role = static_cast<std::uint8_t>(raw[kRoleAt]);
+            if (have == kPreambleNbytes && role == kRoleLane) {
+                continue;
+            }
+            if (role == kRoleControl) {
+                owner_.hand_over(*this);
+            } else if (role == kRoleLane) {
+                owner_.join(*this);
+            } else {
+                owner_.forget(*this);
+            }
+            return;
+        }
+    }
+
+    const std::uint64_t listener;
+    Fd fd;
+    const protocol::Time deadline;
+    std::array<std::byte, kPreambleNbytes + kJoinNbytes> raw{};
+    std::size_t have = 0;
+    bool parked = false;    // a lane whose session isn't open yet; under the owner's lock
+
+  private:
+    Admission& owner_;
+};
+
+Admission::Admission(Engine& engine) : engine_(engine), reserve_(::open("/dev/null", O_RDONLY | O_CLOEXEC)) {}
+
+Admission::~Admission() = default;
+
+std::uint64_t Admission::add_listener(Fd fd) {
+    std::shared_ptr<Listener> listener;
+    {
+        const std::lock_guard lock(mutex_);
+        listener = std::make_shared<Listener>(*this, next_listener_++, std::move(fd));
+        listeners_[listener->id] = listener;
+    }
+    engine_.reactor().add(listener->fd.get(), EPOLLIN, listener);
+    return listener->id;
+}
+
+void Admission::remove_listener(std::uint64_t id) {
+    std::shared_ptr<Listener> listener;
+    {
+        const std::lock_guard lock(mutex_);
+        if (const auto known = listeners_.find(id); known != listeners_.end()) {
+            listener = known->second;
+            listeners_.erase(known);
+        }
+    }
+    if (listener) {
+        engine_.reactor().remove(listener->fd.get());
+    }
+}
+
+void Admission::accept_all(Listener& listener) {
+    for (;;) {
+        const int fd = ::accept4(listener.fd.get(), nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK);
+        if (fd >= 0) {
+            admit(listener.id, fd);
+            continue;
+        }
+        if (errno == EMFILE || errno == ENFILE) {
+            // Level-triggered: without taking it the listener would spin for as long as descriptors are short.
+            reserve_.reset();
+            const int refused = ::accept4(listener.fd.get(), nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK);
+            if (refused >= 0) {
+                ::close(refused);
+            }
+            reserve_ = Fd(::open("/dev/null", O_RDONLY | O_CLOEXEC));
+            engine_.log(30, "out of file descriptors: a connection was refused; raise the limit (ulimit -n)");
+            if (refused >= 0) {
+                continue;
+            }
+        } else if (errno == EINTR || errno == ECONNABORTED) {
+            continue;
+        }
+        return;
+    }
+}
+
+void Admission::admit(std::uint64_t listener, int fd) {
+    const protocol::Time now = monotonic_ns();
+    auto stranger = std::make_shared<Stranger>(*this, listener, Fd(fd), now + engine_.options().handshake_timeout_ns);
+    std::shared_ptr<Stranger> oldest;
+    {
+        const std::lock_guard lock(mutex_);
+        if (closed_) {
+            return;
+        }
+        if (strangers_.size() >= engine_.options().max_pending) {
+            oldest = strangers_.front();
+        }
+        strangers_.push_back(stranger);
+    }
+    if (oldest) {
+        forget(*oldest);
+    }
+    engine_.reactor().add(stranger->fd.get(), EPOLLIN, stranger);
+}
+
+void Admission::forget(Stranger& stranger) {
+    engine_.reactor().remove(stranger.fd.get());
+    std::shared_ptr<Stranger> last;
+    const std::lock_guard lock(mutex_);
+    const auto known = std::find_if(strangers_.begin(), strangers_.end(), [&](const auto& s) { return s.get() == &stranger; });
+    if (known != strangers_.end()) {
+        last = *known;
+        strangers_.erase(known);
+    }
+}
+
+void Admission::hand_over(Stranger& stranger) {
+    engine_.reactor().remove(stranger.fd.get());
+    Event event;
+    event.kind = Event::Kind::accepted;
+    event.listener = stranger.listener;
+    event.preamble.assign(reinterpret_cast<const char*>(stranger.raw.data()), kPreambleNbytes);
+    event.fd = stranger.fd.release();
+    engine_.post_event(std::move(event));
+    forget(stranger);
+}
+
+// The dialler may be faster than our own Python thread: a lane whose session isn't open yet waits until its deadline.
+void Admission::join(Stranger& stranger) {
+    engine_.reactor().remove(stranger.fd.get());
+    const std::byte* join = stranger.raw.data() + kPreambleNbytes;
+    const std::string session_id(reinterpret_cast<const char*>(join), 16);
+    const auto connection = engine_.find(session_id);
+    if (connection == nullptr || !connection->is_open()) {
+        const std::lock_guard lock(mutex_);
+        stranger.parked = true;
+        return;
+    }
+    const auto number = protocol::load_le<std::uint32_t>(join + 16);
+    Fd fd = std::exchange(stranger.fd, Fd());
+    const auto path = std::dynamic_pointer_cast<backends::TcpPath>(connection->path());
+    const bool welcome = path != nullptr && path->reserve_lane(number);
+    std::array<std::byte, kJoinAnswerNbytes> answer{};
+    std::memcpy(answer.data(), kJoinMagic, sizeof kJoinMagic);
+    protocol::store_le(answer.data() + 8, number);
+    protocol::store_le(answer.data() + 12, static_cast<std::uint32_t>(welcome ? 0 : 1));
+    const auto n = ::send(fd.get(), answer.data(), answer.size(), MSG_NOSIGNAL | MSG_DONTWAIT);
+    if (welcome && n == static_cast<ssize_t>(answer.size())) {
+        path->add_lane(std::move(fd), number);
+    }
+    forget(stranger);
+}
+
+void Admission::retry_joins() {
+    std::vector<std::shared_ptr<Stranger>> parked;
+    {
+        const std::lock_guard lock(mutex_);
+        for (const auto& stranger : strangers_) {
+            if (std::exchange(stranger->parked, false)) {
+                parked.push_back(stranger);
+            }
+        }
+    }
+    for (const auto& stranger : parked) {
+        join(*stranger);
+    }
+}
+
+protocol::Time Admission::expire(protocol::Time now) {
+    std::vector<std::shared_ptr<Stranger>> late;
+    protocol::Time next = protocol::kNever;
+    {
+        const std::lock_guard lock(mutex_);
+        for (const auto& stranger : strangers_) {
+            if (stranger->deadline <= now) {
+                late.push_back(stranger);
+            } else {
+                next = std::min(next, stranger->deadline);
+            }
+        }
+    }
+    for (const auto& stranger : late) {
+        forget(*stranger);
+    }
+    return next;
+}
+
+void Admission::close() {
+    std::vector<std::uint64_t> ids;
+    std::vector<std::shared_ptr<Stranger>> all;
+    {
+        const std::lock_guard lock(mutex_);
+        closed_ = true;
+        for (const auto& [id, listener] : listeners_) {
+            ids.push_back(id);
+        }
+        all.assign(strangers_.begin(), strangers_.end());
+    }
+    for (const std::uint64_t id : ids) {
+        remove_listener(id);
+    }
+    for (const auto& stranger : all) {
+        forget(*stranger);
+    }
+}
+
+}  // namespace kvt::engine

@@ -1,0 +1,58 @@
+// Strangers: accepting, the 32-byte preamble, lanes that join. Natively, so that nobody waits for the GIL before a deadline.
+//
+// Lives here: listeners, the fixed-size reads before a handshake, their limits. Does not live here: the handshake (Python).
+// Invariant: nothing but fixed-size bytes is read from a stranger, and every stranger is gone by its deadline.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <list>
+#include <memory>
+#include <mutex>
+#include <unordered_map>
+#include <vector>
+
+#include "base/event_loop.hpp"
+#include "base/fd.hpp"
+#include "protocol/transfer.hpp"
+
+namespace kvt::engine {
+
+class Engine;
+
+class Admission {
+  public:
+    explicit Admission(Engine& engine);
+    ~Admission();
+
+    std::uint64_t add_listener(Fd fd);
+    void remove_listener(std::uint64_t id);
+    /// Closes strangers whose time is over; returns when to look again.
+    protocol::Time expire(protocol::Time now);
+    /// A session has opened: lanes that came before it may join now.
+    void retry_joins();
+    void close();
+
+    static constexpr std::size_t kPreambleNbytes = 32;
+    static constexpr std::size_t kJoinNbytes = 64;
+    static constexpr std::size_t kJoinAnswerNbytes = 16;
+
+  private:
+    class Listener;
+    class Stranger;
+    void accept_all(Listener& listener);
+    void admit(std::uint64_t listener, int fd);
+    void forget(Stranger& stranger);
+    void hand_over(Stranger& stranger);
+    void join(Stranger& stranger);
+
+    Engine& engine_;
+    std::mutex mutex_;
+    bool closed_ = false;
+    std::uint64_t next_listener_ = 1;
+    std::unordered_map<std::uint64_t, std::shared_ptr<Listener>> listeners_;
+    std::list<std::shared_ptr<Stranger>> strangers_;    // oldest first
+    Fd reserve_;    // given up for a moment when descriptors run out, so that the queue can be emptied
+};
+
+}  // namespace kvt::engine

@@ -1,0 +1,483 @@
+#include "engine/connection.hpp"
+
+#include <algorithm>
+#include <utility>
+
+#include "base/clock.hpp"
+#include "base/crc32c.hpp"
+#include "engine/engine.hpp"
+
+namespace kvt::engine {
+
+using protocol::Cause;
+using protocol::Time;
+
+Connection::Connection(Engine& engine, std::string session_id)
+    : engine_(engine),
+      session_id_(std::move(session_id)),
+      session_(monotonic_ns()),
+      heard_at_(monotonic_ns()),
+      spoke_at_(monotonic_ns()),
+      dead_after_(engine.options().dead_after_ns) {}
+
+Connection::~Connection() = default;
+
+void Connection::prepare(std::shared_ptr<backends::Path> path, const protocol::SessionConfig& config) {
+    const Time now = monotonic_ns();
+    {
+        const std::lock_guard lock(mutex_);
+        backend_ = path->name();
+        path_ = std::move(path);
+        digest_ = config.digest;
+        session_.open(config, now);
+        heard_at_.store(now);
+        spoke_at_.store(now);
+    }
+}
+
+void Connection::begin() {
+    open_.store(true, std::memory_order_release);
+    settle();
+}
+
+std::shared_ptr<backends::Path> Connection::path() const {
+    const std::lock_guard lock(mutex_);
+    return path_;
+}
+
+std::string Connection::backend() const {
+    const std::lock_guard lock(mutex_);
+    return backend_;
+}
+
+// ---- posting
+
+void Connection::claim(const std::shared_ptr<TransferHandle>& handle) {
+    if (handle->role == protocol::Role::source) {
+        return;
+    }
+    engine_.claim(*handle);
+}
+
+std::shared_ptr<TransferHandle> Connection::post(PostArgs args) {
+    if (args.key.empty() || args.key.size() > protocol::kMaxKeyNbytes) {
+        throw std::invalid_argument("a key has 1 to 255 bytes");
+    }
+    if (args.meta.size() > protocol::kMaxMetaNbytes) {
+        throw std::invalid_argument("meta has at most 4,096 bytes");
+    }
+    if (is_lost()) {
+        throw NotUsable(lost_cause(), lost_reason());
+    }
+    std::vector<std::uint32_t> layers;
+    if (args.layers) {
+        layers = std::move(*args.layers);
+    } else {
+        layers.resize(args.pool->shape()->layers().size());
+        for (std::size_t i = 0; i < layers.size(); ++i) {
+            layers[i] = static_cast<std::uint32_t>(i);
+        }
+    }
+    auto plan = std::make_shared<memory::StreamPlan>(args.pool->shape(), std::move(layers), std::move(args.ids), args.heads);
+    auto handle = std::make_shared<TransferHandle>(shared_from_this(), args.pool, std::move(plan));
+    handle->role = args.role;
+    handle->key = std::move(args.key);
+    handle->key_is_text = args.key_is_text;
+    handle->meta = std::move(args.meta);
+    handle->limits = args.limits;
+    handle->gate = args.gate;
+    if (args.queue) {
+        handle->subscribe(std::move(args.queue), args.tag);
+    }
+    if (!args.pool->use()) {
+        throw protocol::LocalViolation("the pool is closed");
+    }
+    try {
+        claim(handle);
+        try {
+            const std::lock_guard lock(mutex_);
+            session_.post(handle, args.pool->id(), monotonic_ns());
+        } catch (...) {
+            engine_.release(*handle);
+            throw;
+        }
+    } catch (...) {
+        args.pool->unuse();
+        throw;
+    }
+    if (args.gate) {
+        args.gate->attach(shared_from_this());
+    }
+    settle(handle->role == protocol::Role::source ? handle->nbytes : 0);
+    return handle;
+}
+
+std::shared_ptr<MessageHandle> Connection::post_message(protocol::Bytes data, std::shared_ptr<TransferHandle> after,
+                                                        std::shared_ptr<Queue> queue, std::uint64_t tag) {
+    if (data.size() > protocol::kMaxControlBodyNbytes) {
+        throw std::invalid_argument("a message has at most 1 MiB");
+    }
+    if (is_lost()) {
+        throw NotUsable(lost_cause(), lost_reason());
+    }
+    auto handle = std::make_shared<MessageHandle>(shared_from_this());
+    handle->data = std::move(data);
+    if (queue) {
+        handle->subscribe(std::move(queue), tag);
+    }
+    if (after && !after->done()) {
+        handle->after = after;
+        // Registered before the second look: whoever completes the transfer meanwhile either sees it or we do.
+        after->connection()->defer(handle);
+        if (!after->done()) {
+            return handle;
+        }
+        if (!after->connection()->undefer(handle)) {
+            return handle;
+        }
+    }
+    release_message(handle, after);
+    return handle;
+}
+
+void Connection::defer(const std::shared_ptr<MessageHandle>& message) {
+    const std::lock_guard lock(mutex_);
+    dependents_.push_back(message);
+}
+
+bool Connection::undefer(const std::shared_ptr<MessageHandle>& message) {
+    const std::lock_guard lock(mutex_);
+    return std::erase(dependents_, message) != 0;
+}
+
+// Sends a message whose transfer has ended, or ends it with that transfer's error.
+void Connection::release_message(const std::shared_ptr<MessageHandle>& message, const std::shared_ptr<TransferHandle>& after) {
+    if (after && after->result.outcome.cause != Cause::ok) {
+        message->after = after;
+        message->outcome = after->result.outcome;
+        message->finished = true;
+        complete(protocol::MessagePtr(message));
+        return;
+    }
+    message->after = nullptr;
+    {
+        const std::lock_guard lock(mutex_);
+        session_.post_message(message, monotonic_ns());
+    }
+    settle();
+}
+
+void Connection::cancel(const std::shared_ptr<TransferHandle>& handle) {
+    {
+        const std::lock_guard lock(mutex_);
+        session_.stop(handle, {Cause::cancelled, protocol::Delivered::no, "cancelled here", {}}, monotonic_ns());
+    }
+    settle();
+}
+
+void Connection::refuse(const std::string& key, const std::string& reason, Time remember_ns) {
+    const Time now = monotonic_ns();
+    {
+        const std::lock_guard lock(mutex_);
+        session_.refuse(key, reason, now + remember_ns, now);
+    }
+    settle();
+}
+
+void Connection::forget_pool(std::uint64_t pool_id) {
+    {
+        const std::lock_guard lock(mutex_);
+        session_.forget_pool(pool_id);
+    }
+    settle();
+}
+
+void Connection::messages_taken(std::uint64_t nbytes) {
+    {
+        const std::lock_guard lock(mutex_);
+        session_.messages_taken(nbytes);
+    }
+    settle();
+}
+
+// ---- acting on the session's output
+
+void Connection::settle(std::uint64_t small_nbytes) {
+    while (settle_once(small_nbytes)) {
+        small_nbytes = 0;
+    }
+}
+
+// True when what was done may have changed the session again.
+bool Connection::settle_once(std::uint64_t small_nbytes) {
+    std::vector<protocol::TransferPtr> quiescing, finished;
+    std::vector<protocol::MessagePtr> messages;
+    std::vector<protocol::Bytes> inbox;
+    std::shared_ptr<backends::Path> path;
+    bool control = false, payload = false, gated = false;
+    Time deadline = protocol::kNever;
+    {
+        const std::lock_guard lock(mutex_);
+        if (open_.load(std::memory_order_relaxed)) {
+            session_.pump(monotonic_ns());
+            put_inline();
+            path = path_;
+        }
+        quiescing = session_.take_quiescing();
+        finished = session_.take_finished();
+        messages = session_.take_finished_messages();
+        inbox = session_.take_messages();
+        control = !session_.outbox().empty();
+        payload = session_.has_chunks() || session_.has_copies();
+        gated = session_.gates_wait();
+        deadline = session_.next_deadline();
+        for (const auto& transfer : finished) {
+            static_cast<TransferHandle&>(*transfer).snapshot(backend_);
+        }
+    }
+    if (path && control) {
+        path->flush_control();
+    }
+    for (const auto& transfer : quiescing) {
+        if (path) {
+            path->quiesce(transfer);
+        }
+        const std::lock_guard lock(mutex_);
+        session_.quiesced(transfer, monotonic_ns());
+    }
+    for (const auto& transfer : finished) {
+        complete(transfer);
+    }
+    for (const auto& message : messages) {
+        complete(message);
+    }
+    if (!inbox.empty()) {
+        engine_.deliver(shared_from_this(), std::move(inbox));
+    }
+    if (payload && path) {
+        path->kick(small_nbytes);
+    }
+    engine_.need_by(deadline, gated ? this : nullptr);
+    return !quiescing.empty();
+}
+
+// Small transfers ride on the control stream. Under the lock: at most 16 KiB are copied a frame.
+void Connection::put_inline() {
+    const Time now = monotonic_ns();
+    while (auto job = session_.next_inline(now)) {
+        protocol::Bytes& out = session_.outbox();
+        const auto header = protocol::encode_header(job->header);
+        out.insert(out.end(), header.begin(), header.end());
+        const std::size_t body_at = out.size();
+        out.resize(body_at + job->header.body_nbytes);
+        std::uint64_t at = job->range.begin;
+        std::byte* to = out.data() + body_at;
+        while (at < job->range.end) {
+            iovec runs[64];
+            std::size_t count = 0;
+            at = job->transfer->runs(at, job->range.end, runs, std::size(runs), count);
+            memory::gather(runs, count, to);
+            for (std::size_t i = 0; i < count; ++i) {
+                to += runs[i].iov_len;
+            }
+        }
+        protocol::Trailer trailer{protocol::ChunkStatus::ok, digest_, 0};
+        if (digest_ == protocol::DigestKind::crc32c) {
+            trailer.digest = crc32c(protocol::digest_seed(job->header), out.data() + body_at, job->header.body_nbytes);
+        }
+        const auto raw = protocol::encode_trailer(trailer);
+        out.insert(out.end(), raw.begin(), raw.end());
+        session_.chunk_left(*job, true, true, now);
+    }
+}
+
+void Connection::complete(const protocol::TransferPtr& transfer) {
+    auto& handle = static_cast<TransferHandle&>(*transfer);
+    engine_.release(handle);
+    handle.block_pool()->unuse();
+    handle.complete();
+    std::vector<std::shared_ptr<MessageHandle>> ready;
+    {
+        const std::lock_guard lock(mutex_);
+        const auto split = std::stable_partition(dependents_.begin(), dependents_.end(),
+                                                 [&](const auto& message) { return message->after.get() != &handle; });
+        ready.assign(std::make_move_iterator(split), std::make_move_iterator(dependents_.end()));
+        dependents_.erase(split, dependents_.end());
+        handle.signal_progress();
+    }
+    for (const auto& message : ready) {
+        const auto after = message->after;
+        message->connection()->release_message(message, after);
+    }
+}
+
+void Connection::complete(const protocol::MessagePtr& message) {
+    auto& handle = static_cast<MessageHandle&>(*message);
+    handle.result.outcome = handle.outcome;
+    handle.complete();
+}
+
+// ---- waiting
+
+namespace {
+
+class UntilDone final : public backends::Path::StopCondition {
+  public:
+    explicit UntilDone(const Handle& handle) : handle_(handle) {}
+    bool operator()() const noexcept override { return handle_.done(); }
+
+  private:
+    const Handle& handle_;
+};
+
+}  // namespace
+
+bool Connection::wait(Handle& handle, std::int64_t until) {
+    if (handle.done()) {
+        return true;
+    }
+    Waiter waiter;
+    if (!handle.subscribe(&waiter)) {
+        return true;
+    }
+    const std::shared_ptr<backends::Path> way = path();
+    bool driven = false;
+    if (way) {
+        driven = way->drive(UntilDone(handle), waiter.fd(), until);
+    }
+    if (!driven && !handle.done()) {
+        waiter.wait(until);
+    }
+    handle.unsubscribe(&waiter);
+    return handle.done();
+}
+
+Connection::LayerState Connection::wait_layer(const std::shared_ptr<TransferHandle>& handle, std::uint32_t layer, std::int64_t until) {
+    Waiter waiter;
+    std::unique_lock lock(mutex_);
+    const auto span = std::find_if(handle->spans.begin(), handle->spans.end(), [&](const auto& s) { return s.layer == layer; });
+    if (span == handle->spans.end()) {
+        return LayerState::unknown;
+    }
+    const protocol::Range range = span->range;
+    const auto landed = [&] { return range.begin == range.end || handle->verified.contains(range); };
+    handle->layer_waiters.push_back(&waiter);
+    while (!landed() && !handle->done()) {
+        waiter.rearm();
+        lock.unlock();
+        const bool signalled = waiter.wait(until);
+        lock.lock();
+        if (!signalled) {
+            break;    // time, or a signal for the interpreter
+        }
+    }
+    std::erase(handle->layer_waiters, &waiter);
+    if (landed()) {
+        return LayerState::landed;
+    }
+    return handle->done() ? LayerState::over : LayerState::waiting;
+}
+
+// ---- loss and the clock
+
+void Connection::close(Cause cause, const std::string& reason, bool tell) {
+    std::shared_ptr<backends::Path> path;
+    {
+        const std::lock_guard lock(mutex_);
+        if (lost_.load(std::memory_order_relaxed)) {
+            return;
+        }
+        path = path_;
+        if (tell) {
+            session_.say_close(protocol::CloseCode::closed);
+        } else if (cause == Cause::protocol_error) {
+            session_.say_close(protocol::CloseCode::protocol);
+        } else if (cause == Cause::resource_limit) {
+            session_.say_close(protocol::CloseCode::limit);
+        }
+    }
+    if (path && (tell || cause == Cause::protocol_error || cause == Cause::resource_limit)) {
+        path->flush_control();
+    }
+    {
+        const std::lock_guard lock(mutex_);
+        if (lost_.exchange(true)) {
+            return;
+        }
+        lost_cause_ = cause;
+        lost_reason_ = reason;
+        session_.lost(cause, reason, monotonic_ns());
+    }
+    settle();
+    if (path) {
+        path->close();
+    }
+    {
+        const std::lock_guard lock(mutex_);
+        path_ = nullptr;    // its descriptors close when the last thread has left it
+    }
+    engine_.lost(shared_from_this(), cause, reason);
+}
+
+void Connection::lane_broke(const std::string& reason) {
+    if (const auto way = path()) {
+        way->read_last_words();
+    }
+    close(Cause::peer_lost, reason, false);
+}
+
+Cause Connection::lost_cause() const {
+    const std::lock_guard lock(mutex_);
+    return lost_cause_;
+}
+
+std::string Connection::lost_reason() const {
+    const std::lock_guard lock(mutex_);
+    return lost_reason_;
+}
+
+Time Connection::on_tick(Time now, bool heartbeat, bool resumed) {
+    if (is_lost()) {
+        return protocol::kNever;
+    }
+    if (resumed) {
+        heard_at_.store(now);
+    }
+    const bool live = is_open();
+    if (live && now - heard_at_.load() > dead_after_) {
+        close(Cause::peer_lost, "heartbeat: nothing heard for " + std::to_string((now - heard_at_.load()) / 1'000'000) + " ms", false);
+        return protocol::kNever;
+    }
+    bool output = false;
+    {
+        const std::lock_guard lock(mutex_);
+        if (resumed) {
+            session_.resumed(now);
+        }
+        session_.on_time(now);
+        if (heartbeat && live && now - spoke_at_.load() >= engine_.options().ping_every_ns - 20'000'000) {
+            session_.ping(now);
+        }
+        output = session_.has_output();
+    }
+    if (output) {
+        settle();
+    }
+    const std::lock_guard lock(mutex_);
+    return session_.next_deadline();
+}
+
+bool Connection::poll_gates() {
+    bool waits = false, changed = false;
+    {
+        const std::lock_guard lock(mutex_);
+        waits = session_.poll_gates(monotonic_ns());
+        changed = session_.has_output() || session_.has_chunks();
+    }
+    if (changed) {
+        settle();
+    }
+    return waits;
+}
+
+}  // namespace kvt::engine

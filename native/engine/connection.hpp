@@ -1,0 +1,141 @@
+// One peer: a session, the path that moves its bytes, and the one lock between them.
+//
+// Lives here: posting, waiting, acting on the session's output (settle), loss. Does not live here: sockets (backends), the
+// state machine (protocol), Python (bindings). Invariants: the session is touched only under `mutex_`; nothing that blocks,
+// writes a socket or takes a path's lock happens under it; every call that changes the session is followed by settle().
+// Lock order: a path's locks, then mutex_, then a handle's.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "backends/path.hpp"
+#include "engine/gate.hpp"
+#include "engine/handle.hpp"
+#include "memory/busy.hpp"
+
+namespace kvt::engine {
+
+class Engine;
+
+/// Posting was refused: the connection is lost, or the pool is closed.
+struct NotUsable : std::runtime_error {
+    NotUsable(protocol::Cause why, const std::string& what) : std::runtime_error(what), cause(why) {}
+    protocol::Cause cause;
+};
+
+struct PostArgs {
+    protocol::Role role{};
+    std::shared_ptr<Pool> pool;
+    std::vector<std::shared_ptr<const memory::Ids>> ids;
+    std::optional<std::vector<std::uint32_t>> layers;
+    memory::Heads heads = memory::Heads::every();
+    std::string key, meta;
+    bool key_is_text = true;
+    std::shared_ptr<LayerGate> gate;
+    protocol::Limits limits;
+    std::shared_ptr<Queue> queue;
+    std::uint64_t tag = 0;
+};
+
+class Connection final : public backends::PathHost, public std::enable_shared_from_this<Connection> {
+  public:
+    Connection(Engine& engine, std::string session_id);
+    ~Connection() override;
+
+    /// The handshake is over: what was posted meanwhile starts.
+    void open(std::shared_ptr<backends::Path> path, const protocol::SessionConfig& config) {
+        prepare(std::move(path), config);
+        begin();
+    }
+    /// The two halves of open(), for a path whose other end must be prepared before the first frame.
+    void prepare(std::shared_ptr<backends::Path> path, const protocol::SessionConfig& config);
+    void begin();
+    std::shared_ptr<TransferHandle> post(PostArgs args);
+    std::shared_ptr<MessageHandle> post_message(protocol::Bytes data, std::shared_ptr<TransferHandle> after, std::shared_ptr<Queue> queue,
+                                                std::uint64_t tag);
+    void cancel(const std::shared_ptr<TransferHandle>& handle);
+    void refuse(const std::string& key, const std::string& reason, protocol::Time remember_ns);
+    /// Waits until done; false at `until` or when a signal handler ran. Drives the connection while it waits.
+    bool wait(Handle& handle, std::int64_t until);
+    /// Waits until the layer (by the pool's index) has landed or the transfer is over.
+    enum class LayerState { landed, over, waiting, unknown };
+    LayerState wait_layer(const std::shared_ptr<TransferHandle>& handle, std::uint32_t layer, std::int64_t until);
+    void close(protocol::Cause cause, const std::string& reason, bool tell);
+    void forget_pool(std::uint64_t pool_id);
+    void messages_taken(std::uint64_t nbytes);
+
+    // The reactor's: deadlines, heartbeats, gates.
+    protocol::Time on_tick(protocol::Time now, bool heartbeat, bool resumed);
+    bool poll_gates();
+
+    // PathHost
+    void settle() override { settle(0); }
+    bool take_control(protocol::Bytes& out) override;
+    void receive(const protocol::Header& header, std::span<const std::byte> body) override;
+    void receive_inline(const protocol::Header& header, std::span<const std::byte> payload, const protocol::Trailer& trailer) override;
+    std::optional<protocol::ChunkJob> next_chunk() override;
+    std::optional<protocol::ChunkTarget> next_copy() override;
+    bool has_payload() override;
+    void heard() noexcept override;
+    void spoke() noexcept override;
+    void lose(protocol::Cause cause, const std::string& reason) override { close(cause, reason, false); }
+    void lane_broke(const std::string& reason) override;
+    bool is_lost() const noexcept override { return lost_.load(std::memory_order_acquire); }
+    // LaneHost
+    protocol::ChunkTarget chunk_begin(const protocol::Header& header) override;
+    void chunk_end(const protocol::ChunkTarget& target, const protocol::Trailer& trailer, bool verified) override;
+    void chunk_left(const protocol::ChunkJob& job, bool whole, bool begun) override;
+
+    protocol::TransferPtr lend(std::uint64_t offer) override;
+    void returned(const protocol::TransferPtr& transfer) override;
+    void wait_inactive(const protocol::TransferPtr& transfer) override;
+
+    const std::string& session_id() const noexcept { return session_id_; }
+    /// Once, by Engine::rename, before open().
+    void set_session_id(std::string id) { session_id_ = std::move(id); }
+    Engine& engine() noexcept { return engine_; }
+    std::shared_ptr<backends::Path> path() const;
+    std::string backend() const;
+    bool is_open() const noexcept { return open_.load(std::memory_order_acquire); }
+    protocol::Cause lost_cause() const;
+    std::string lost_reason() const;
+    protocol::Session::Counters counters() const;
+    std::size_t unfinished() const;
+    std::string state_of(const TransferHandle& handle) const;
+    /// Bytes landed (of a source: written) and bytes in all.
+    std::pair<std::uint64_t, std::uint64_t> progress_of(const TransferHandle& handle) const;
+
+  private:
+    void settle(std::uint64_t small_nbytes);
+    bool settle_once(std::uint64_t small_nbytes);
+    void put_inline();
+    void complete(const protocol::TransferPtr& transfer);
+    void complete(const protocol::MessagePtr& message);
+    void claim(const std::shared_ptr<TransferHandle>& handle);
+    void defer(const std::shared_ptr<MessageHandle>& message);
+    bool undefer(const std::shared_ptr<MessageHandle>& message);
+    void release_message(const std::shared_ptr<MessageHandle>& message, const std::shared_ptr<TransferHandle>& after);
+
+    Engine& engine_;
+    std::string session_id_;
+    mutable std::mutex mutex_;
+    std::condition_variable inactive_;
+    protocol::Session session_;
+    protocol::DigestKind digest_ = protocol::DigestKind::none;
+    std::shared_ptr<backends::Path> path_;    // null before open() and after close()
+    std::string backend_ = "none";
+    std::atomic<bool> open_{false}, lost_{false};
+    std::atomic<protocol::Time> heard_at_, spoke_at_;
+    protocol::Time dead_after_;
+    protocol::Cause lost_cause_ = protocol::Cause::ok;
+    std::string lost_reason_;
+    std::vector<std::shared_ptr<MessageHandle>> dependents_;    // messages that wait for a transfer
+};
+
+}  // namespace kvt::engine

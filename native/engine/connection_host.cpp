@@ -1,0 +1,197 @@
+// The connection as its path sees it: each call takes the session's lock for a few hundred nanoseconds.
+#include <utility>
+
+#include "base/clock.hpp"
+#include "base/crc32c.hpp"
+#include "engine/connection.hpp"
+#include "engine/engine.hpp"
+
+namespace kvt::engine {
+
+using protocol::Cause;
+using protocol::Time;
+
+bool Connection::take_control(protocol::Bytes& out) {
+    const std::lock_guard lock(mutex_);
+    protocol::Bytes& from = session_.outbox();
+    if (from.empty()) {
+        return false;
+    }
+    if (out.empty()) {
+        out.swap(from);
+    } else {
+        out.insert(out.end(), from.begin(), from.end());
+        from.clear();
+    }
+    return true;
+}
+
+void Connection::receive(const protocol::Header& header, std::span<const std::byte> body) {
+    std::optional<protocol::CloseCode> closed;
+    {
+        const std::lock_guard lock(mutex_);
+        if (lost_.load(std::memory_order_relaxed)) {
+            return;
+        }
+        session_.receive(header, body, monotonic_ns());
+        closed = session_.peer_closed();
+    }
+    if (closed) {
+        lose(Cause::peer_lost, *closed == protocol::CloseCode::closed     ? "closed: the peer closed the connection"
+                               : *closed == protocol::CloseCode::protocol ? "closed: the peer says that our bytes broke the protocol"
+                                                                          : "closed: the peer says that we exceeded a limit");
+    }
+}
+
+void Connection::receive_inline(const protocol::Header& header, std::span<const std::byte> payload, const protocol::Trailer& trailer) {
+    const Time now = monotonic_ns();
+    const std::lock_guard lock(mutex_);
+    if (lost_.load(std::memory_order_relaxed)) {
+        return;
+    }
+    const protocol::ChunkTarget target = session_.chunk_begin(header, now);
+    bool verified = true;
+    if (target.store && trailer.status == protocol::ChunkStatus::ok) {
+        std::uint64_t at = target.range.begin;
+        const std::byte* from = payload.data();
+        std::uint32_t digest = digest_ == protocol::DigestKind::none ? 0 : protocol::digest_seed(header);
+        while (at < target.range.end) {
+            iovec runs[64];
+            std::size_t count = 0;
+            at = target.transfer->runs(at, target.range.end, runs, std::size(runs), count);
+            memory::scatter(from, runs, count);
+            for (std::size_t i = 0; i < count; ++i) {
+                // Of the bytes in place, not of those on the wire: what is reported is what can be read.
+                digest = digest_ == protocol::DigestKind::none ? 0 : crc32c(digest, runs[i].iov_base, runs[i].iov_len);
+                from += runs[i].iov_len;
+            }
+        }
+        verified = digest_ == protocol::DigestKind::none || (trailer.kind == digest_ && trailer.digest == digest);
+    }
+    session_.chunk_end(target, trailer, verified, now);
+    static_cast<TransferHandle&>(*target.transfer).signal_progress();
+}
+
+std::optional<protocol::ChunkJob> Connection::next_chunk() {
+    const std::lock_guard lock(mutex_);
+    return session_.next_chunk(monotonic_ns());
+}
+
+std::optional<protocol::ChunkTarget> Connection::next_copy() {
+    const std::lock_guard lock(mutex_);
+    return session_.next_copy(monotonic_ns());
+}
+
+bool Connection::has_payload() {
+    const std::lock_guard lock(mutex_);
+    return session_.has_chunks() || session_.has_copies();
+}
+
+void Connection::heard() noexcept { heard_at_.store(monotonic_ns(), std::memory_order_relaxed); }
+void Connection::spoke() noexcept { spoke_at_.store(monotonic_ns(), std::memory_order_relaxed); }
+
+protocol::ChunkTarget Connection::chunk_begin(const protocol::Header& header) {
+    const std::lock_guard lock(mutex_);
+    return session_.chunk_begin(header, monotonic_ns());
+}
+
+void Connection::chunk_end(const protocol::ChunkTarget& target, const protocol::Trailer& trailer, bool verified) {
+    const std::lock_guard lock(mutex_);
+    session_.chunk_end(target, trailer, verified, monotonic_ns());
+    static_cast<TransferHandle&>(*target.transfer).signal_progress();
+    if (target.transfer->active == 0) {
+        inactive_.notify_all();
+    }
+}
+
+void Connection::chunk_left(const protocol::ChunkJob& job, bool whole, bool begun) {
+    const std::lock_guard lock(mutex_);
+    session_.chunk_left(job, whole, begun, monotonic_ns());
+}
+
+// ---- in this process: the destination's mover borrows the source's record while it copies
+
+protocol::TransferPtr Connection::lend(std::uint64_t offer) {
+    const std::lock_guard lock(mutex_);
+    return session_.lend(offer);
+}
+
+void Connection::returned(const protocol::TransferPtr& transfer) {
+    const std::lock_guard lock(mutex_);
+    session_.returned(transfer, monotonic_ns());
+    if (transfer->active == 0) {
+        inactive_.notify_all();
+    }
+}
+
+void Connection::wait_inactive(const protocol::TransferPtr& transfer) {
+    std::unique_lock lock(mutex_);
+    inactive_.wait(lock, [&] { return transfer->active == 0; });
+}
+
+// ---- for explain() and stats()
+
+protocol::Session::Counters Connection::counters() const {
+    const std::lock_guard lock(mutex_);
+    return session_.counters();
+}
+
+std::size_t Connection::unfinished() const {
+    const std::lock_guard lock(mutex_);
+    return session_.unfinished();
+}
+
+std::string Connection::state_of(const TransferHandle& handle) const {
+    const std::lock_guard lock(mutex_);
+    if (handle.done()) {
+        switch (handle.result.outcome.cause) {
+            case Cause::ok: return "done";
+            case Cause::cancelled: return "cancelled";
+            default: return "failed";
+        }
+    }
+    switch (handle.state) {
+        case protocol::State::posted: return "posted";
+        case protocol::State::matched: return "matched";
+        default: return "moving";
+    }
+}
+
+std::pair<std::uint64_t, std::uint64_t> Connection::progress_of(const TransferHandle& handle) const {
+    const std::lock_guard lock(mutex_);
+    if (handle.role == protocol::Role::destination) {
+        return {handle.verified.nbytes(), handle.nbytes};
+    }
+    if (handle.outcome.delivered == protocol::Delivered::yes) {
+        return {handle.nbytes, handle.nbytes};
+    }
+    return {handle.sent_nbytes, handle.nbytes};
+}
+
+// ---- gates
+
+void LayerGate::attach(const std::shared_ptr<Connection>& connection) {
+    const std::lock_guard lock(mutex_);
+    std::erase_if(connections_, [](const auto& known) { return known.expired(); });
+    for (const auto& known : connections_) {
+        if (known.lock() == connection) {
+            return;
+        }
+    }
+    connections_.push_back(connection);
+}
+
+void LayerGate::kick() {
+    std::vector<std::weak_ptr<Connection>> known;
+    {
+        const std::lock_guard lock(mutex_);
+        known = connections_;
+    }
+    for (const auto& weak : known) {
+        if (const auto connection = weak.lock()) {
+            connection->poll_gates();
+        }
+    }
+}
+
+}  // namespace kvt::engine

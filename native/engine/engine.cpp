@@ -1,0 +1,371 @@
+#include "engine/engine.hpp"
+
+#include <poll.h>
+#include <sys/eventfd.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <utility>
+
+#include "base/clock.hpp"
+#include "engine/admission.hpp"
+
+namespace kvt::engine {
+
+using protocol::Cause;
+using protocol::kNever;
+using protocol::Time;
+
+namespace {
+
+// A turn that comes so much later than planned means that the whole process stood still.
+constexpr Time kStallNs = 500'000'000;
+// How often a progress word is looked at while a gated transfer waits.
+constexpr Time kGatePollNs = 200'000;
+constexpr std::size_t kMaxEvents = 65'536;
+
+class Reactor final : public EventLoop {
+  public:
+    explicit Reactor(Engine& engine) : EventLoop("kvt-reactor", -1), engine_(engine) {}
+
+  protected:
+    std::int64_t on_turn() override { return engine_.turn(); }
+
+  private:
+    Engine& engine_;
+};
+
+void raise_fd(const Fd& fd) noexcept {
+    const std::uint64_t one = 1;
+    [[maybe_unused]] const auto n = ::write(fd.get(), &one, sizeof one);
+}
+
+void lower_fd(const Fd& fd) noexcept {
+    std::uint64_t count = 0;
+    [[maybe_unused]] const auto n = ::read(fd.get(), &count, sizeof count);
+}
+
+const char* cause_word(Cause cause) noexcept {
+    switch (cause) {
+        case Cause::connection_closed: return "local";
+        case Cause::protocol_error: return "protocol";
+        case Cause::resource_limit: return "limit";
+        default: return "lost";
+    }
+}
+
+}  // namespace
+
+Engine::Engine(Options options)
+    : options_(std::move(options)),
+      generation_(fork_generation()),
+      events_(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)),
+      messages_event_(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) {
+    reactor_ = std::make_unique<Reactor>(*this);
+    for (unsigned i = 0; i < std::max(1u, options_.movers); ++i) {
+        const int cpu = options_.cpus.empty() ? -1 : options_.cpus[i % options_.cpus.size()];
+        movers_.push_back(std::make_unique<backends::Mover>(cpu));
+    }
+    admission_ = std::make_unique<Admission>(*this);
+    reactor_->start();
+    for (auto& mover : movers_) {
+        mover->start();
+    }
+}
+
+Engine::~Engine() {
+    if (forked()) {
+        // The threads aren't here and locks may be held for ever: leave all of it.
+        (void)reactor_.release();
+        for (auto& mover : movers_) {
+            (void)mover.release();
+        }
+        (void)admission_.release();
+        return;
+    }
+    close();
+}
+
+bool Engine::forked() const noexcept { return generation_ != fork_generation(); }
+
+void Engine::close() {
+    if (forked() || closed_.exchange(true)) {
+        return;
+    }
+    admission_->close();
+    for (const auto& connection : all_connections()) {
+        connection->close(Cause::connection_closed, "the endpoint was closed", true);
+    }
+    for (auto& mover : movers_) {
+        mover->stop();
+    }
+    reactor_->stop();
+    const std::lock_guard lock(messages_mutex_);
+    messages_.clear();
+    raise_fd(messages_event_);
+}
+
+// ---- connections and pools
+
+std::shared_ptr<Connection> Engine::new_connection(std::string session_id) {
+    auto connection = std::make_shared<Connection>(*this, session_id);
+    {
+        const std::lock_guard lock(mutex_);
+        connections_[std::move(session_id)] = connection;
+    }
+    reactor_->wake();    // heartbeats may begin
+    return connection;
+}
+
+void Engine::rename(const std::shared_ptr<Connection>& connection, const std::string& session_id) {
+    const std::lock_guard lock(mutex_);
+    connections_.erase(connection->session_id());
+    connection->set_session_id(session_id);
+    connections_[session_id] = connection;
+}
+
+std::vector<backends::Mover*> Engine::movers() noexcept {
+    std::vector<backends::Mover*> all;
+    for (auto& mover : movers_) {
+        all.push_back(mover.get());
+    }
+    return all;
+}
+
+std::shared_ptr<Connection> Engine::find(const std::string& session_id) {
+    const std::lock_guard lock(mutex_);
+    const auto known = connections_.find(session_id);
+    return known == connections_.end() ? nullptr : known->second;
+}
+
+std::vector<std::shared_ptr<Connection>> Engine::all_connections() {
+    const std::lock_guard lock(mutex_);
+    std::vector<std::shared_ptr<Connection>> all;
+    all.reserve(connections_.size());
+    for (const auto& [id, connection] : connections_) {
+        all.push_back(connection);
+    }
+    return all;
+}
+
+void Engine::lost(const std::shared_ptr<Connection>& connection, Cause cause, const std::string& reason) {
+    {
+        const std::lock_guard lock(mutex_);
+        const auto known = connections_.find(connection->session_id());
+        if (known != connections_.end() && known->second == connection) {
+            connections_.erase(known);
+        }
+        gated_.erase(connection.get());
+    }
+    Event event;
+    event.kind = Event::Kind::lost;
+    event.session_id = connection->session_id();
+    event.cause = cause_word(cause);
+    event.text = reason;
+    post_event(std::move(event));
+}
+
+std::shared_ptr<Pool> Engine::new_pool(std::string name, std::shared_ptr<const memory::PoolShape> shape, bool writable) {
+    std::uint64_t id = 0;
+    {
+        const std::lock_guard lock(mutex_);
+        id = next_pool_++;
+    }
+    busy_.add_pool(shape.get());
+    return std::make_shared<Pool>(id, std::move(name), std::move(shape), writable);
+}
+
+bool Engine::close_pool(const std::shared_ptr<Pool>& pool, std::int64_t until) {
+    if (pool->closed()) {
+        return true;
+    }
+    if (!pool->close(until)) {
+        return false;
+    }
+    busy_.remove_pool(pool->shape().get());
+    if (!closed()) {
+        for (const auto& connection : all_connections()) {
+            connection->forget_pool(pool->id());
+        }
+    }
+    return true;
+}
+
+// ---- claims
+
+void Engine::claim(TransferHandle& handle) {
+    std::uint64_t owner = 0;
+    {
+        const std::lock_guard lock(claims_mutex_);
+        owner = next_claim_++;
+        claim_keys_.emplace(owner, handle.key);
+    }
+    const auto conflict = busy_.claim(owner, handle.shared_plan());
+    if (!conflict) {
+        handle.claim_id = owner;
+        return;
+    }
+    std::string other;
+    {
+        const std::lock_guard lock(claims_mutex_);
+        claim_keys_.erase(owner);
+        if (const auto known = claim_keys_.find(conflict.owner); known != claim_keys_.end()) {
+            other = known->second;
+        }
+    }
+    const std::string where = "block " + std::to_string(conflict.block_id) + " of layer '" + conflict.layer + "'";
+    if (conflict.kind == memory::BusyTable::Conflict::within_call) {
+        throw std::invalid_argument("destination bytes overlap within this call, at " + where);
+    }
+    throw protocol::LocalViolation(where + " is being received by the transfer with key '" + other + "'");
+}
+
+void Engine::release(TransferHandle& handle) noexcept {
+    if (handle.claim_id == 0) {
+        return;
+    }
+    busy_.release(handle.claim_id);
+    const std::lock_guard lock(claims_mutex_);
+    claim_keys_.erase(handle.claim_id);
+    handle.claim_id = 0;
+}
+
+// ---- the reactor's turn
+
+void Engine::need_by(Time deadline, Connection* gated) {
+    bool wake = false;
+    if (gated != nullptr) {
+        const std::lock_guard lock(mutex_);
+        wake = gated_.insert(gated).second;
+    }
+    Time known = next_deadline_.load();
+    while (deadline < known && !next_deadline_.compare_exchange_weak(known, deadline)) {
+    }
+    if (wake || deadline < planned_.load()) {
+        reactor_->wake();
+    }
+}
+
+Time Engine::tick_all(Time now, bool heartbeat, bool resumed) {
+    Time next = kNever;
+    for (const auto& connection : all_connections()) {
+        next = std::min(next, connection->on_tick(now, heartbeat, resumed));
+    }
+    return next;
+}
+
+bool Engine::poll_gated() {
+    std::vector<std::shared_ptr<Connection>> waiting;
+    {
+        const std::lock_guard lock(mutex_);
+        for (Connection* connection : gated_) {
+            waiting.push_back(connection->shared_from_this());
+        }
+        gated_.clear();
+    }
+    for (const auto& connection : waiting) {
+        if (connection->poll_gates() && !connection->is_lost()) {
+            const std::lock_guard lock(mutex_);
+            gated_.insert(connection.get());
+        }
+    }
+    const std::lock_guard lock(mutex_);
+    return !gated_.empty();
+}
+
+Time Engine::turn() {
+    const Time now = monotonic_ns();
+    const Time planned = planned_.load();
+    const bool resumed = planned != 0 && planned != kNever && now - planned > kStallNs;
+    bool any = false;
+    {
+        const std::lock_guard lock(mutex_);
+        any = !connections_.empty();
+    }
+    const bool heartbeat = any && now >= next_heartbeat_;
+    if (heartbeat) {
+        next_heartbeat_ = now + options_.ping_every_ns;
+    }
+    if (heartbeat || resumed || now >= next_deadline_.load()) {
+        next_deadline_.store(kNever);
+        need_by(tick_all(now, heartbeat, resumed), nullptr);
+    }
+    Time next = std::min(any ? next_heartbeat_ : kNever, next_deadline_.load());
+    next = std::min(next, admission_->expire(now));
+    if (poll_gated()) {
+        next = std::min(next, now + kGatePollNs);
+    }
+    planned_.store(next);
+    return next;
+}
+
+// ---- events and messages
+
+void Engine::post_event(Event event) {
+    {
+        const std::lock_guard lock(events_mutex_);
+        if (pending_events_.size() >= kMaxEvents) {
+            if (event.fd >= 0) {
+                ::close(event.fd);
+            }
+            return;
+        }
+        pending_events_.push_back(std::move(event));
+    }
+    raise_fd(events_);
+}
+
+std::vector<Event> Engine::poll_events() {
+    const std::lock_guard lock(events_mutex_);
+    lower_fd(events_);
+    return std::exchange(pending_events_, {});
+}
+
+void Engine::log(int level, std::string text) {
+    Event event;
+    event.kind = Event::Kind::log;
+    event.level = level;
+    event.text = std::move(text);
+    post_event(std::move(event));
+}
+
+void Engine::deliver(const std::shared_ptr<Connection>& from, std::vector<protocol::Bytes> messages) {
+    const std::lock_guard lock(messages_mutex_);
+    for (auto& data : messages) {
+        messages_.emplace_back(from, std::move(data));
+    }
+    raise_fd(messages_event_);
+}
+
+std::vector<Engine::Delivered> Engine::recv_messages(std::int64_t until) {
+    std::deque<std::pair<std::shared_ptr<Connection>, protocol::Bytes>> taken;
+    for (;;) {
+        {
+            const std::lock_guard lock(messages_mutex_);
+            lower_fd(messages_event_);
+            taken.swap(messages_);
+        }
+        const std::int64_t left = until - monotonic_ns();
+        if (!taken.empty() || left <= 0 || closed()) {
+            break;
+        }
+        pollfd one{messages_event_.get(), POLLIN, 0};
+        const timespec timeout{left / 1'000'000'000, left % 1'000'000'000};
+        if (::ppoll(&one, 1, &timeout, nullptr) < 0) {
+            break;    // a signal: the interpreter looks at it
+        }
+    }
+    std::vector<Delivered> out;
+    std::unordered_map<std::shared_ptr<Connection>, std::uint64_t> consumed;
+    for (auto& [from, data] : taken) {
+        consumed[from] += data.size();
+        out.push_back({from->session_id(), std::move(data)});
+    }
+    for (const auto& [from, nbytes] : consumed) {
+        from->messages_taken(nbytes);
+    }
+    return out;
+}
+
+}  // namespace kvt::engine

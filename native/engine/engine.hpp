@@ -1,0 +1,124 @@
+// One per Endpoint: the threads, the connections, the claims on destination bytes, the events for Python.
+//
+// Lives here: what connections share. Does not live here: one peer's session (connection.hpp), strangers (admission.hpp),
+// the handshake (Python). Invariant: after close() no thread of the engine runs, every handle is done, every descriptor closed;
+// in a forked child nothing of it is touched.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <unordered_map>
+#include <unordered_set>
+#include <vector>
+
+#include "backends/mover.hpp"
+#include "base/event_loop.hpp"
+#include "engine/connection.hpp"
+#include "memory/busy.hpp"
+
+namespace kvt::engine {
+
+class Admission;
+
+struct Options {
+    std::string incarnation;
+    unsigned movers = 2;
+    std::vector<int> cpus;
+    protocol::Time dead_after_ns = 2'000'000'000;
+    protocol::Time ping_every_ns = 250'000'000;
+    protocol::Time handshake_timeout_ns = 3'000'000'000;
+    std::uint32_t max_pending = 64;
+    int socket_buffer_nbytes = 0;    // 0: the default that backends/tcp gives
+};
+
+/// What Python's thread should hear of.
+struct Event {
+    enum class Kind { accepted, lost, log, messages } kind{};
+    std::uint64_t listener = 0;
+    int fd = -1;                 // accepted: the receiver owns it
+    std::string preamble;        // accepted
+    std::string session_id, cause, text;
+    int level = 0;
+};
+
+class Engine {
+  public:
+    explicit Engine(Options options);
+    ~Engine();
+
+    const Options& options() const noexcept { return options_; }
+    EventLoop& reactor() noexcept { return *reactor_; }
+    backends::Mover& mover(std::size_t i) noexcept { return *movers_[i % movers_.size()]; }
+    std::vector<backends::Mover*> movers() noexcept;
+    Admission& admission() noexcept { return *admission_; }
+    bool forked() const noexcept;
+    bool closed() const noexcept { return closed_.load(std::memory_order_acquire); }
+    /// Ends every connection (pending transfers: ConnectionClosed), joins the threads. Idempotent.
+    void close();
+
+    /// `session_id` may be a placeholder until rename().
+    std::shared_ptr<Connection> new_connection(std::string session_id);
+    void rename(const std::shared_ptr<Connection>& connection, const std::string& session_id);
+    std::shared_ptr<Connection> find(const std::string& session_id);
+    std::shared_ptr<Pool> new_pool(std::string name, std::shared_ptr<const memory::PoolShape> shape, bool writable);
+    bool close_pool(const std::shared_ptr<Pool>& pool, std::int64_t until);
+
+    // For connections.
+    void claim(TransferHandle& handle);
+    void release(TransferHandle& handle) noexcept;
+    void need_by(protocol::Time deadline, Connection* gated);
+    void lost(const std::shared_ptr<Connection>& connection, protocol::Cause cause, const std::string& reason);
+    void deliver(const std::shared_ptr<Connection>& from, std::vector<protocol::Bytes> messages);
+
+    // For Python.
+    int event_fd() const noexcept { return events_.get(); }
+    std::vector<Event> poll_events();
+    void post_event(Event event);
+    void log(int level, std::string text);
+    struct Delivered {
+        std::string session_id;
+        protocol::Bytes data;
+    };
+    std::vector<Delivered> recv_messages(std::int64_t until);
+
+    /// The reactor's turn; returns when it wants the next.
+    protocol::Time turn();
+
+  private:
+    std::vector<std::shared_ptr<Connection>> all_connections();
+    protocol::Time tick_all(protocol::Time now, bool heartbeat, bool resumed);
+    bool poll_gated();
+
+    Options options_;
+    std::uint64_t generation_;
+    std::atomic<bool> closed_{false};
+    std::unique_ptr<EventLoop> reactor_;
+    std::vector<std::unique_ptr<backends::Mover>> movers_;
+    std::unique_ptr<Admission> admission_;
+
+    std::mutex mutex_;    // connections, pools
+    std::unordered_map<std::string, std::shared_ptr<Connection>> connections_;
+    std::unordered_set<Connection*> gated_;
+    std::uint64_t next_pool_ = 1, next_claim_ = 1;
+
+    memory::BusyTable busy_;
+    std::mutex claims_mutex_;
+    std::unordered_map<std::uint64_t, std::string> claim_keys_;
+
+    std::atomic<protocol::Time> next_deadline_{protocol::kNever}, planned_{0};
+    protocol::Time next_heartbeat_ = 0;
+
+    Fd events_;
+    std::mutex events_mutex_;
+    std::vector<Event> pending_events_;
+
+    Fd messages_event_;
+    std::mutex messages_mutex_;
+    std::deque<std::pair<std::shared_ptr<Connection>, protocol::Bytes>> messages_;
+};
+
+}  // namespace kvt::engine

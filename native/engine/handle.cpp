@@ -1,0 +1,75 @@
+#include "engine/handle.hpp"
+
+#include <utility>
+
+#include "engine/connection.hpp"
+
+namespace kvt::engine {
+
+TransferHandle::TransferHandle(std::shared_ptr<Connection> connection, std::shared_ptr<Pool> block_pool,
+                               std::shared_ptr<const memory::StreamPlan> plan)
+    : connection_(std::move(connection)), block_pool_(std::move(block_pool)), plan_(std::move(plan)) {
+    pool = &block_pool_->terms();
+    nbytes = plan_->nbytes();
+    const auto& groups = plan_->shape()->groups();
+    for (std::size_t i = 0; i < groups.size(); ++i) {
+        const auto& ids = plan_->ids(static_cast<std::uint32_t>(i));
+        terms.groups.push_back({static_cast<std::uint16_t>(i), static_cast<std::uint32_t>(ids.size())});
+    }
+    for (std::size_t i = 0; i < plan_->layer_count(); ++i) {
+        terms.layers.push_back({static_cast<std::uint16_t>(plan_->layer(i)), plan_->piece_nbytes(i)});
+        spans.push_back({{plan_->layer_begin(i), plan_->layer_end(i)}, plan_->layer(i)});
+    }
+}
+
+TransferHandle::~TransferHandle() = default;
+
+std::uint64_t TransferHandle::runs(std::uint64_t begin, std::uint64_t end, iovec* out, std::size_t most, std::size_t& count) const {
+    const std::uint64_t reached = plan_->runs(begin, end, out, most, count);
+    runs_.fetch_add(count, std::memory_order_relaxed);
+    return reached;
+}
+
+void TransferHandle::reorder(const std::vector<std::uint32_t>& positions) {
+    std::vector<std::uint32_t> layers;
+    layers.reserve(positions.size());
+    for (const std::uint32_t position : positions) {
+        layers.push_back(plan_->layer(position));
+    }
+    plan_ = std::make_shared<memory::StreamPlan>(plan_->reordered(layers));
+}
+
+void TransferHandle::snapshot(const std::string& backend) {
+    result.outcome = outcome;
+    result.backend = backend;
+    const bool ok = outcome.cause == protocol::Cause::ok;
+    result.nbytes = ok ? nbytes : verified.nbytes();
+    result.blocks = plan_->blocks();
+    result.runs = runs_.load(std::memory_order_relaxed);
+    result.chunks = chunks;
+    result.seconds_ns = over_at - posted_at;
+    result.queued_ns = (first_byte_at != 0 ? first_byte_at : over_at) - posted_at;
+    result.wire_ns = first_byte_at != 0 ? over_at - first_byte_at : 0;
+    result.meta = peer_meta;
+    if (!ok && role == protocol::Role::destination) {
+        std::vector<memory::StreamRange> sealed;
+        for (const protocol::Range& range : verified.ranges()) {
+            sealed.push_back({range.begin, range.end});
+        }
+        result.block_outcomes = plan_->outcome(sealed);
+        for (const protocol::Range& range : corrupt.ranges()) {
+            for (auto& blocks : plan_->blocks_touching(range.begin, range.end)) {
+                result.corrupt.push_back(std::move(blocks));
+            }
+        }
+    }
+}
+
+void TransferHandle::signal_progress() noexcept {
+    landed.store(verified.nbytes(), std::memory_order_relaxed);
+    for (Sink* sink : layer_waiters) {
+        sink->signal(0);
+    }
+}
+
+}  // namespace kvt::engine

@@ -1,0 +1,45 @@
+// The engine's view of a BlockPool: its shape, what a peer may know of it, who uses it.
+//
+// Invariant: a pool that is closing takes no new transfer, and close() succeeds only when the last one is over.
+#pragma once
+
+#include <condition_variable>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <string>
+
+#include "memory/shape.hpp"
+#include "protocol/terms.hpp"
+
+namespace kvt::engine {
+
+class Pool {
+  public:
+    Pool(std::uint64_t id, std::string name, std::shared_ptr<const memory::PoolShape> shape, bool writable);
+
+    std::uint64_t id() const noexcept { return id_; }
+    bool writable() const noexcept { return writable_; }
+    const std::shared_ptr<const memory::PoolShape>& shape() const noexcept { return shape_; }
+    const protocol::PoolTerms& terms() const noexcept { return terms_; }
+
+    /// False when the pool is closed or closing.
+    bool use();
+    void unuse() noexcept;
+    std::uint64_t in_use() const;
+    /// Refuses new uses from now on and waits; false if it is still used at `until` (monotonic ns): then it stays open.
+    bool close(std::int64_t until);
+    bool closed() const;
+
+  private:
+    std::uint64_t id_;
+    bool writable_;
+    std::shared_ptr<const memory::PoolShape> shape_;
+    protocol::PoolTerms terms_;
+    mutable std::mutex mutex_;
+    std::condition_variable idle_;
+    std::uint64_t uses_ = 0;
+    bool closed_ = false;
+};
+
+}  // namespace kvt::engine
