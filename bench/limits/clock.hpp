@@ -6,7 +6,7 @@
 
 namespace kvt_limits {
 
-double now_s();      // CLOCK_MONOTONIC
+double now_s();       // CLOCK_MONOTONIC
 double cpu_used_s();  // user + system time of this whole process
 
 enum class Placement : uint32_t {

@@ -53,7 +53,8 @@ void copy_part(const Command& command, const Arenas& arenas, const std::vector<P
     if (command.mode == Mode::kVmread) {
         read_pieces(command, dst, pieces);
     } else {
-        copy_pieces(command.mode == Mode::kMemfd ? arenas.peer_memfd.data() : arenas.source.data(), dst, pieces);
+        copy_pieces(command.mode == Mode::kMemfd ? arenas.peer_memfd.data() : arenas.source.data(), dst,
+                    pieces);
     }
 }
 
@@ -65,7 +66,7 @@ Parts parts_of(const Work& work, unsigned streams) {
 
 // Thread i copies part i of every repetition; a barrier on each side of the repetition makes them one.
 class Copiers {
-public:
+  public:
     Copiers(const Command& command, const Arenas& arenas, const std::vector<Parts>& parts, uint32_t reps)
         : command_(command), arenas_(arenas), parts_(parts), barrier_(command.streams) {
         for (unsigned i = 1; i < command.streams; ++i) {
@@ -78,7 +79,7 @@ public:
         if (error_) std::rethrow_exception(error_);
     }
 
-private:
+  private:
     void loop(unsigned i, uint32_t reps, std::vector<double>* samples) {
         pin(command_.placement, true, i);
         for (uint32_t rep = 0; rep < reps; ++rep) {

@@ -1,7 +1,8 @@
 // kvt_limits: what the kernel and the memory of this machine allow for the work W, with no protocol on top.
 //
-// Two processes, forked at start: this one owns the source, the other the destination. Commands come on stdin, one a
-// line, and one JSON line answers each, so that a harness can interleave them with other programs:
+// Two processes, forked at start: this one owns the source, the other the destination. Commands come on
+// stdin, one a line, and one JSON line answers each, so that a harness can interleave them with other
+// programs:
 //     tcp CASE CONNECTIONS BUFFERS [PLACEMENT] [reps=N] [seed=N] [cc=NAME]
 //     copy | memfd | vmread CASE THREADS [PLACEMENT] [reps=N] [seed=N]
 //     free                                                          (gives back the memory of case n)
@@ -204,7 +205,8 @@ int run() {
     if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair) != 0) throw std::runtime_error("socketpair");
     Arenas arenas;
     arenas.memfd = make_memfd("kvt_limits", kArenaBytes);
-    prctl(PR_SET_PTRACER, PR_SET_PTRACER_ANY, 0, 0, 0);  // where Yama restricts process_vm_readv to descendants
+    prctl(PR_SET_PTRACER, PR_SET_PTRACER_ANY, 0, 0,
+          0);  // where Yama restricts process_vm_readv to descendants
     const pid_t child = fork();
     if (child < 0) throw std::runtime_error("fork");
     if (child == 0) {
@@ -212,7 +214,8 @@ int run() {
         serve_as_receiver(std::move(arenas), pair[1]);
     }
     close(pair[1]);
-    arenas.source = Mapping::anonymous(kArenaBytes);  // after the fork: shared pages would not be plain memory
+    arenas.source = Mapping::anonymous(
+        kArenaBytes);  // after the fork: shared pages would not be plain memory
     fill(arenas.source.data(), kArenaBytes);
     const timeval limit{kReplyTimeoutSeconds, 0};
     setsockopt(pair[0], SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof limit);

@@ -28,7 +28,8 @@ struct Command {
     int32_t source_pid = 0;
 };
 
-// What the receiver says once it is prepared, at each start, and at the end. One that is not ok ends the command.
+// What the receiver says once it is prepared, at each start, and at the end. One that is not ok ends the
+// command.
 struct Outcome {
     uint32_t ok = 1;
     uint32_t port = 0;
@@ -61,7 +62,8 @@ struct Arenas {
 std::vector<Work> works_of(const Command& command);
 
 // Sender's and receiver's half of a TCP command; `control` is the socket between the two processes.
-Outcome send_over_tcp(const Command& command, const Arenas& arenas, int control, std::vector<double>* samples);
+Outcome send_over_tcp(const Command& command, const Arenas& arenas, int control,
+                      std::vector<double>* samples);
 Outcome receive_over_tcp(const Command& command, Arenas& arenas, int control);
 
 // memcpy, memcpy from the peer's memfd, process_vm_readv: the receiver's work alone.

@@ -1,5 +1,5 @@
-// Loopback TCP with writev/readv straight between the arenas and the socket: one blocking thread per connection and
-// side, no header, no protocol, one 64-byte answer per connection when all has arrived.
+// Loopback TCP with writev/readv straight between the arenas and the socket: one blocking thread per
+// connection and side, no header, no protocol, one 64-byte answer per connection when all has arrived.
 #include <atomic>
 #include <exception>
 #include <functional>
@@ -40,7 +40,7 @@ void say_ready(int control, uint16_t port) {
 
 // Threads that start together; the first exception of any of them is thrown by finish().
 class Crew {
-public:
+  public:
     Crew(unsigned count, Placement placement, bool receiver, std::function<void(unsigned)> body) : start_(1) {
         for (unsigned i = 0; i < count; ++i) {
             threads_.emplace_back([this, i, placement, receiver, body] {
@@ -58,7 +58,7 @@ public:
         return ended_s_;
     }
 
-private:
+  private:
     void run(unsigned i, const std::function<void(unsigned)>& body) {
         std::exception_ptr error;
         try {
@@ -100,8 +100,8 @@ std::vector<Fd> accept_all(const Command& command, int control) {
     return conns;
 }
 
-double send_once(const Command& command, const Arenas& arenas, const std::vector<Fd>& conns, const Lists& lists,
-                 int control) {
+double send_once(const Command& command, const Arenas& arenas, const std::vector<Fd>& conns,
+                 const Lists& lists, int control) {
     Crew crew(command.streams, command.placement, false, [&](unsigned i) {
         std::byte ack[kAckBytes];
         send_runs(conns[i].get(), arenas.source.data(), lists[i]);
@@ -132,7 +132,8 @@ void send_repeatedly(const Command& command, const Arenas& arenas, const std::ve
     for (uint32_t rep = 0; rep < command.reps + kWarmups; ++rep) {
         const Lists& list = lists[rep % lists.size()];
         const double began = now_s();
-        for (unsigned i = 0; i < command.streams; ++i) send_runs(conns[i].get(), arenas.source.data(), list[i]);
+        for (unsigned i = 0; i < command.streams; ++i)
+            send_runs(conns[i].get(), arenas.source.data(), list[i]);
         for (const Fd& conn : conns) recv_all(conn.get(), ack, sizeof ack);
         if (rep >= kWarmups) samples->push_back(now_s() - began);
     }
@@ -161,7 +162,8 @@ uint64_t count_runs(const Lists& lists) {
 
 }  // namespace
 
-Outcome send_over_tcp(const Command& command, const Arenas& arenas, int control, std::vector<double>* samples) {
+Outcome send_over_tcp(const Command& command, const Arenas& arenas, int control,
+                      std::vector<double>* samples) {
     const std::vector<Work> works = works_of(command);
     const std::vector<Lists> lists = all_lists(works, command.streams, true);
     const std::vector<Fd> conns = connect_all(command, await_ready(control));

@@ -1,5 +1,6 @@
-// Blocking scatter/gather I/O between runs of memory and a socket: what a best-effort implementation with no protocol
-// does. What lives here: sockets and loops over them. What doesn't: threads, timing, the choice of bytes.
+// Blocking scatter/gather I/O between runs of memory and a socket: what a best-effort implementation with no
+// protocol does. What lives here: sockets and loops over them. What doesn't: threads, timing, the choice of
+// bytes.
 #pragma once
 
 #include <sys/uio.h>
@@ -23,27 +24,27 @@ struct Tuning {
 
 // A file descriptor, closed when it goes.
 class Fd {
-public:
+  public:
     explicit Fd(int fd = -1) : fd_(fd) {}
     Fd(Fd&& other) noexcept;
     Fd& operator=(Fd&& other) noexcept;
     ~Fd();
     int get() const { return fd_; }
 
-private:
+  private:
     int fd_;
 };
 
 // Walks runs of one arena, handing out iovecs of at most kBatchBytes and IOV_MAX entries.
 class Cursor {
-public:
+  public:
     Cursor(std::byte* arena, const std::vector<Run>& runs);
     bool at_end() const { return run_ == runs_.size(); }
     // The next batch; stays the same until advance().
     int window(iovec* out, int capacity) const;
     void advance(size_t nbytes);
 
-private:
+  private:
     std::byte* arena_;
     const std::vector<Run>& runs_;
     size_t run_ = 0;

@@ -85,9 +85,11 @@ Shape shape_of(const std::string& name) {
     if (name == "a") return {.layers = 32, .blocks = 512, .block_nbytes = 64 * kKiB, .ids = 256};
     if (name == "b") return {.layers = 32, .blocks = 512, .block_nbytes = 64 * kKiB, .ids = 1};
     if (name == "c") return {.layers = 1, .blocks = kArenaPages, .block_nbytes = kPageRun, .ids = 1};
-    if (name == "d") return {.layers = 32, .blocks = 8192, .block_nbytes = kPageRun, .ids = 1024, .id_step = 2};
+    if (name == "d")
+        return {.layers = 32, .blocks = 8192, .block_nbytes = kPageRun, .ids = 1024, .id_step = 2};
     if (name == "e") return {.layers = 61, .blocks = 256, .block_nbytes = 73728, .ids = 64};
-    // K and V apart: 64 tensors of 512 blocks of 16 tokens x 8 heads x 128 x 2 bytes; half the heads are moved.
+    // K and V apart: 64 tensors of 512 blocks of 16 tokens x 8 heads x 128 x 2 bytes; half the heads are
+    // moved.
     Shape f{.layers = 64, .blocks = 512, .block_nbytes = 32 * kKiB, .ids = 256, .row_nbytes = 2 * kKiB};
     f.compact_dst = name == "f";
     if (name == "f" || name == "fs") return f;

@@ -1,5 +1,5 @@
-// The work W that every participant of the bench moves: which bytes of the source arena go to which bytes of the
-// destination arena. What lives here: pure arithmetic on offsets. What doesn't: memory, sockets, clocks.
+// The work W that every participant of the bench moves: which bytes of the source arena go to which bytes of
+// the destination arena. What lives here: pure arithmetic on offsets. What doesn't: memory, sockets, clocks.
 #pragma once
 
 #include <cstdint>
@@ -33,8 +33,9 @@ struct Shape {
     uint64_t blocks = 0;
     uint64_t block_nbytes = 0;
     uint64_t ids = 0;
-    uint64_t id_step = 1;    // 2: only even ids, so that no two pieces are adjacent
-    uint64_t row_nbytes = 0;  // 0: whole blocks; else rows of this many bytes (NHD: one token), of which half is moved
+    uint64_t id_step = 1;  // 2: only even ids, so that no two pieces are adjacent
+    uint64_t row_nbytes =
+        0;  // 0: whole blocks; else rows of this many bytes (NHD: one token), of which half is moved
     bool compact_dst = false;  // the destination holds the half rows only (tensor parallelism 1 -> 2)
 };
 

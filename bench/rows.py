@@ -1,0 +1,30 @@
+"""A row of the target table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was asked for, what was measured, and whether that meets it. None: not measured."""
+
+    name: str
+    measured: str
+    target: str
+    met: bool | None
+
+    @classmethod
+    def at_least(cls, name: str, value: float | None, target: float, unit: str = "x") -> Row:
+        shown = "not measured" if value is None else f"{value:.2f} {unit}"
+        return cls(name, shown, f">= {target:g} {unit}", None if value is None else value >= target)
+
+    @classmethod
+    def at_most(cls, name: str, value: float | None, target: float, unit: str = "x") -> Row:
+        shown = "not measured" if value is None else f"{value:.2f} {unit}"
+        return cls(name, shown, f"<= {target:g} {unit}", None if value is None else value <= target)
+
+    @classmethod
+    def failed(cls, name: str, error: str) -> Row:
+        """A row whose program failed: an unmet target, not a missing one."""
+        return cls(name, f"failed: {error.splitlines()[0][:90]}", "", False)
