@@ -1,0 +1,3 @@
+"""The peers, NIXL and Mooncake, moving the same work between two processes, in a venv of their own
+(setup.py makes it).
+"""
