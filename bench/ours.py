@@ -1,0 +1,186 @@
+"""kvtransport as participants: two workers and a connection (tcp, unix), or one worker with both ends
+(inproc).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bench.cases import LATENCY_BATCH, Case
+from bench.process import WorkerError, WorkerProcess
+from bench.sample import Sample
+
+SETTLE_S = 0.01  # what was posted has reached the other side
+
+# Which threads of a latency case are pinned: the two ends on different cores, as the limit's are. (c) is
+# one hop between the two waiting threads, so all of a process goes to its core. (b) uses two lanes: pinning
+# their threads to one core would measure something that nobody runs, so only the threads that post and wait
+# are placed.
+PIN_ALL = {"c"}
+PIN_MAIN = {"b", "g"}
+
+BACKENDS = ("tcp", "tcp-digest", "unix", "inproc")
+
+
+def config_of(backend: str, extra: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the Config of a backend's name: protection plain unless the name says digest."""
+    protection = "digest" if backend.endswith("-digest") else "plain"
+    kind = "inproc" if backend == "inproc" else "tcp"
+    return {"backends": [kind], "protection": protection, **extra}
+
+
+def two_cores() -> tuple[list[int], list[int]]:
+    """Return the core of the source and the core of the destination; the same one where there is only one."""
+    cores = sorted(os.sched_getaffinity(0))
+    return [cores[0]], [cores[-1] if len(cores) > 1 else cores[0]]
+
+
+class Pair:
+    """Two workers, `src` and `dst`, each with memory, Endpoint, pool and the connection between them."""
+
+    def __init__(self, backend: str, case: Case, config: Mapping[str, Any], open_now: bool = True) -> None:
+        self.backend = backend
+        self.config = config_of(backend, config)
+        self._folder = tempfile.TemporaryDirectory(prefix="kvt-bench-")
+        self.src = WorkerProcess(f"{backend} src", sys.executable, "bench.worker")
+        try:
+            self.dst = WorkerProcess(f"{backend} dst", sys.executable, "bench.worker")
+        except BaseException:
+            self.src.close()
+            raise
+        try:
+            self.allocate(case)
+            if open_now:
+                self.open()
+        except BaseException:
+            self.close()
+            raise
+
+    def allocate(self, case: Case) -> None:
+        for worker, side in ((self.src, "src"), (self.dst, "dst")):
+            worker.start("allocate", case=case.name, side=side)
+        for worker in (self.src, self.dst):
+            worker.read_reply()
+
+    def open(self) -> str:
+        """Make Endpoints, pools, connection; return what the source's `explain` says."""
+        for worker in (self.src, self.dst):
+            worker.call("open", config=self.config)
+        address = self.listen()
+        explain: str = self.src.call("connect", address=address)["explain"]
+        self.dst.call("accept")
+        return explain
+
+    def listen(self) -> str:
+        where = f"unix:{Path(self._folder.name) / 'socket'}" if self.backend == "unix" else "127.0.0.1:0"
+        address: str = self.dst.call("listen", where=where)["address"]
+        return address
+
+    def pin(self, main_only: bool) -> None:
+        for worker, cpus in zip((self.src, self.dst), two_cores(), strict=True):
+            worker.call("pin", cpus=cpus, main_only=main_only)
+
+    def transfer(self, seed: int, timeout: float = 180.0) -> Sample:
+        """Receive posted first, then send; bytes verified."""
+        self.dst.start("receive", seed=seed)
+        self.dst.read_reply(timeout)
+        time.sleep(SETTLE_S)
+        sent = self.src.call("send", timeout, seed=seed)
+        received = self.dst.read_reply(timeout)
+        _check(self.backend, received)
+        cpu = sent["cpu_s"] + received["cpu_s"]
+        return Sample(sent["nbytes"], sent["seconds"], cpu, True, received["runs"])
+
+    def latencies(self, seed: int, count: int = LATENCY_BATCH, gap_s: float = 0.0) -> Sample:
+        """The same, `count` times, one after the other, with the receives posted before the first send."""
+        self.dst.start("receive_batch", seed=seed, count=count)
+        self.dst.read_reply()
+        time.sleep(SETTLE_S)
+        sent = self.src.call("send_batch", seed=seed, count=count, gap_s=gap_s)
+        _check(self.backend, self.dst.read_reply())
+        return Sample(sent["nbytes"], sum(sent["samples_us"]) / 1e6, 0.0, True, 0, sent["samples_us"])
+
+    def close(self) -> None:
+        for worker in (self.src, self.dst):
+            worker.close()
+        self._folder.cleanup()
+
+
+class Ours:
+    """One backend of kvtransport, between two processes."""
+
+    def __init__(self, backend: str, config: Mapping[str, Any]) -> None:
+        self.name = backend
+        self._config = config
+        self._pair: Pair | None = None
+
+    def supports(self, case: Case) -> bool:
+        return True
+
+    def open(self, case: Case) -> None:
+        self._pair = Pair(self.name, case, self._config)
+        if case.name in PIN_ALL or case.name in PIN_MAIN:
+            self._pair.pin(main_only=case.name in PIN_MAIN)
+
+    def run(self, case: Case, seed: int) -> Sample:
+        assert self._pair is not None
+        return self._pair.latencies(seed) if case.latency else self._pair.transfer(seed)
+
+    def pause(self) -> None:
+        """Nothing: an idle connection sleeps, and stopping it would make the peer look dead."""
+
+    def resume(self) -> None:
+        """Nothing, see pause."""
+
+    def close(self) -> None:
+        if self._pair is not None:
+            self._pair.close()
+            self._pair = None
+
+
+class OursInproc:
+    """Both ends in one process."""
+
+    name = "inproc"
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self._config = config
+        self._worker: WorkerProcess | None = None
+
+    def supports(self, case: Case) -> bool:
+        return True
+
+    def open(self, case: Case) -> None:
+        self._worker = WorkerProcess("inproc", sys.executable, "bench.worker", ["--inproc"])
+        self._worker.call("open", case=case.name, config=config_of("inproc", self._config))
+
+    def run(self, case: Case, seed: int) -> Sample:
+        assert self._worker is not None
+        reply = self._worker.call("run_batch" if case.latency else "run", seed=seed)
+        _check(self.name, reply)
+        if case.latency:
+            samples = reply["samples_us"]
+            return Sample(reply["nbytes"], sum(samples) / 1e6, 0.0, True, 0, samples)
+        return Sample(reply["nbytes"], reply["seconds"], reply["cpu_s"], True, reply["runs"])
+
+    def pause(self) -> None:
+        """Nothing: it sleeps."""
+
+    def resume(self) -> None:
+        """Nothing: it sleeps."""
+
+    def close(self) -> None:
+        if self._worker is not None:
+            self._worker.close()
+            self._worker = None
+
+
+def _check(name: str, reply: Mapping[str, Any]) -> None:
+    if reply["wrong"]:
+        raise WorkerError(f"{name}: {reply['wrong']} blocks of the destination hold wrong bytes")

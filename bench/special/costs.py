@@ -1,0 +1,146 @@
+"""What using the package costs besides the transfers: set-up, import, memory over the pools."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+import kvtransport as kvt
+from bench import measure
+from bench.cases import ids_of
+from bench.process import ROOT
+from bench.rows import Row
+from bench.special.context import Context
+
+SETUP_MS, IMPORT_MS, MEMORY_MIB = 10.0, 100.0, 32.0
+TRIES = 10
+WAIT_S = 60.0
+
+IMPORTS = """
+import json, sys, time
+began = time.perf_counter()
+import numpy, msgspec
+between = time.perf_counter()
+import kvtransport
+print(json.dumps({"all": time.perf_counter() - began, "ours": time.perf_counter() - between}))
+"""
+
+
+def worker_setup(end: Any, address: str, config: dict[str, Any], turn: int) -> dict[str, Any]:
+    """Worker, destination: from nothing (Endpoint, 32 layers, connect) to the first 4 KiB."""
+    layers = [np.zeros((512, 4096), dtype=np.uint8) for _ in range(32)]
+    began = time.perf_counter()
+    endpoint = kvt.Endpoint(kvt.Config.from_dict(config))
+    pool = endpoint.register(layers)
+    conn = endpoint.connect(address, timeout=10)
+    conn.recv_blocks(pool, [7], key=f"first-{turn}", layers=[0]).result(timeout=WAIT_S)
+    seconds = time.perf_counter() - began
+    right = bool((layers[0][7] == 0xA7).all())
+    endpoint.close()
+    return {"seconds": seconds, "right": right}
+
+
+def worker_offer(end: Any, turn: int) -> Iterator[dict[str, Any]]:
+    """Worker, the other side of set-up: it has long been there, and sends to whoever comes."""
+    layers = [np.full((512, 4096), 0xA7, dtype=np.uint8) for _ in range(32)]
+    pool = end.endpoint.register(layers)
+    yield {}
+    conn = end.endpoint.accept(timeout=20)
+    conn.send_blocks(pool, [3], key=f"first-{turn}", layers=[0]).result(timeout=WAIT_S)
+    pool.close(timeout=5)
+    yield {}
+
+
+def measure_setup(context: Context) -> list[Row]:
+    took = []
+    with context.pair("c", open_now=False) as pair:
+        pair.dst.call("open", config=pair.config)
+        address = pair.listen()
+        for turn in range(TRIES):
+            context.progress.step(f"set-up: {turn + 1}/{TRIES}")
+            pair.dst.call("costs.offer", turn=turn)
+            reply = pair.src.call("costs.setup", address=address, config=pair.config, turn=turn)
+            pair.dst.read_reply()
+            if not reply["right"]:
+                return [Row.failed("set-up", "the first 4 KiB are wrong")]
+            took.append(reply["seconds"] * 1e3)
+    context.details["setup_ms"] = took
+    return [Row.at_most("set-up to the first 4 KiB, median", measure.median(took), SETUP_MS, "ms")]
+
+
+def measure_import(context: Context) -> list[Row]:
+    context.progress.step("import")
+    runs = []
+    for _ in range(TRIES):
+        done = subprocess.run(
+            [sys.executable, "-c", IMPORTS], capture_output=True, check=True, timeout=60, cwd=ROOT
+        )
+        runs.append(json.loads(done.stdout))
+    whole, own = (measure.median([run[key] * 1e3 for run in runs]) for key in ("all", "ours"))
+    context.details["import_ms"] = {"with_numpy_and_msgspec": whole, "own": own}
+    shown = f"{whole:.0f} ms, of it our own {own:.0f}"
+    return [Row("import, with numpy and msgspec", shown, f"<= {IMPORT_MS:g} ms", whole <= IMPORT_MS)]
+
+
+class _Peak:
+    """Reads this process's private memory in a thread, from when bytes move to when they don't."""
+
+    def __init__(self, transfer: Any) -> None:
+        self._transfer = transfer
+        self.uss = 0
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._transfer.done():
+            if self._transfer.progress()[0] > 0 or self._transfer.state == "moving":
+                self.uss = max(self.uss, measure.uss_nbytes())
+            time.sleep(0.001)
+
+    def join(self) -> int:
+        self._thread.join(WAIT_S)
+        return self.uss
+
+
+def worker_before(end: Any) -> dict[str, Any]:
+    """Worker: the memory of a process that has its pools and the package, but no Endpoint yet."""
+    measure.uss_nbytes()  # the first reading imports and allocates what reading needs
+    return {"uss": measure.uss_nbytes()}
+
+
+def worker_move(end: Any, seed: int) -> Iterator[dict[str, Any]]:
+    """Worker, either side: one run of (a), with the memory read in its middle."""
+    transfer = end.post(ids_of(end.case, seed, end.side), f"memory-{seed}")
+    yield {}
+    peak = _Peak(transfer)
+    transfer.result(timeout=WAIT_S)
+    yield {"uss": peak.join()}
+
+
+def measure_memory(context: Context) -> list[Row]:
+    workers = ("src", "dst")
+    with context.pair("a", open_now=False) as pair:
+        context.progress.step("memory over the pools")
+        before = {side: getattr(pair, side).call("costs.before")["uss"] for side in workers}
+        pair.open()
+        peak = dict.fromkeys(workers, 0)
+        for seed in range(1, 6):
+            for side in ("dst", "src"):
+                getattr(pair, side).call("costs.move", seed=seed)
+            for side in workers:
+                peak[side] = max(peak[side], getattr(pair, side).read_reply()["uss"])
+    over = {side: (peak[side] - before[side]) / (1 << 20) for side in workers if peak[side]}
+    context.details["memory_mib"] = over
+    if len(over) < 2:
+        return [
+            Row("memory over the pools", "no reading fell into a transfer", f"<= {MEMORY_MIB:g} MiB", None)
+        ]
+    shown = f"source {over['src']:.1f}, destination {over['dst']:.1f} MiB"
+    return [Row("memory over the pools", shown, f"<= {MEMORY_MIB:g} MiB", max(over.values()) <= MEMORY_MIB)]
