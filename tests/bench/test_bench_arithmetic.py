@@ -1,0 +1,124 @@
+"""The bench's arithmetic: ids, pattern, ratios. A bench that can't see wrong bytes proves nothing."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from bench import measure, targets
+from bench.arena import Arena
+from bench.cases import Case, batch_ids, case_of, ids_of
+from bench.rounds import CaseResult
+from bench.rows import Row
+from bench.sample import Sample
+
+WHOLE = Case("t", "test", 3, 32, 512, 8)
+SLICED = Case("t", "test", 4, 16, 512, 8, row_nbytes=64)
+COMPACT = Case("t", "test", 4, 16, 512, 8, row_nbytes=64, compact_dst=True)
+
+
+def copy(case: Case, src: Arena, dst: Arena, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Move a run as a transport would."""
+    source, here = ids_of(case, seed, "src"), ids_of(case, seed, "dst")
+    if not case.sliced:
+        dst.tensors[:, here] = src.tensors[:, source]
+        return source, here
+    rows = src.tensors.reshape(case.tensors, case.blocks, -1, case.row_nbytes)
+    half = case.row_nbytes // 2
+    into = dst.tensors.reshape(
+        case.tensors, case.blocks, rows.shape[2], half if case.compact_dst else case.row_nbytes
+    )
+    into[:, here, :, :half] = rows[:, source, :, :half]
+    return source, here
+
+
+@pytest.mark.parametrize("case", [WHOLE, SLICED, COMPACT])
+def test_arena_accepts_exactly_the_right_bytes(case: Case) -> None:
+    src, dst = Arena(case, "src"), Arena(case, "dst")
+    source, here = copy(case, src, dst, 1)
+    assert dst.wrong_blocks(source, here) == 0
+    assert dst.wrong_blocks(np.roll(source, 1), here) == case.ids * case.tensors
+    untouched = next(i for i in range(case.blocks) if i not in here)
+    for block in (int(here[0]), untouched):
+        dst.tensors[1, block, -1] ^= 1
+        assert dst.wrong_blocks(source, here) == 1
+        dst.tensors[1, block, -1] ^= 1
+
+
+@pytest.mark.parametrize("case", [WHOLE, SLICED, COMPACT])
+def test_arena_sees_that_nothing_arrived(case: Case) -> None:
+    dst = Arena(case, "dst")
+    source, here = ids_of(case, 1, "src"), ids_of(case, 1, "dst")
+    assert dst.wrong_blocks(source, here) == case.ids * case.tensors
+
+
+@pytest.mark.parametrize("name", ["a", "d", "e", "f", "n:1000", "n:40000"])
+def test_ids_are_equal_everywhere_distinct_and_in_range(name: str) -> None:
+    case = case_of(name)
+    for side in ("src", "dst"):
+        ids = ids_of(case, 3, side)
+        assert (ids == ids_of(case, 3, side)).all()
+        assert len(ids) == case.ids
+        assert ids.min() >= 0
+        assert ids.max() < case.side_blocks(side)
+    assert len(set(ids_of(case, 3, "dst").tolist())) == case.ids
+    assert not (np.diff(ids_of(case, 3, "src")) == 1).all()
+
+
+def test_pieces_of_d_and_n_are_never_adjacent() -> None:
+    d = case_of("d")
+    assert (ids_of(d, 1, "src") % 2 == 0).all()
+    assert (ids_of(d, 1, "dst") % 2 == 0).all()
+    assert not (np.diff(ids_of(case_of("n:100000"), 1, "src")) == 1).any()
+
+
+def test_the_cases_move_what_they_say() -> None:
+    assert case_of("a").nbytes == 8192 * 65536
+    assert case_of("d").nbytes == 32768 * 4096
+    assert case_of("e").nbytes == 61 * 64 * 73728
+    assert case_of("f").nbytes == 262144 * 1024
+    assert case_of("n:5").nbytes == 5 * 4096
+
+
+def test_runs_of_a_batch_go_to_different_blocks() -> None:
+    ids = batch_ids(case_of("b"), 1, "dst", 200)
+    assert ids.shape == (200, 1)
+    assert len(set(ids.ravel().tolist())) == 200
+
+
+def result_with(**rates: list[float]) -> CaseResult:
+    result = CaseResult(case_of("a"))
+    for name, values in rates.items():
+        result.samples[name.replace("_", "-")] = {
+            turn: Sample(10**9, 1 / rate, 0.1, True) for turn, rate in enumerate(values)
+        }
+    return result
+
+
+def test_ratio_is_made_inside_a_round() -> None:
+    # The machine became four times slower in mid-run; the ratio of each round says the same.
+    result = result_with(tcp=[8.0, 8.0, 2.0], R2=[10.0, 10.0, 2.5])
+    assert result.ratio("tcp", "R2") == pytest.approx(0.8)
+    assert result.ratio("tcp", "nobody") is None
+
+
+def test_slow_limits_fail_the_bench() -> None:
+    good = result_with(memcpy1=[10.0], R2=[6.1], memfd1=[9.0], vmread1=[5.1])
+    assert targets.slow_limits({"a": good}) == []
+    bad = result_with(memcpy1=[10.0], R2=[5.9], memfd1=[8.0], vmread1=[4.9])
+    assert len(targets.slow_limits({"a": bad})) == 3
+    assert len(targets.slow_limits({"a": result_with(memcpy1=[10.0])})) == 3
+
+
+def test_rows_say_whether_a_target_is_met() -> None:
+    rows = {row.name: row for row in targets.rows_of({"a": result_with(tcp=[9.6], R2=[10.0])})}
+    assert rows["(a) 512 MiB in 64 KiB pieces / R2"].met is True
+    assert rows["(a) with digests / R2"].met is None
+    assert Row.at_most("x", 2.0, 1.0).met is False
+
+
+def test_percentile() -> None:
+    values = [float(i) for i in range(100)]
+    assert measure.percentile(values, 0.5) == 50
+    assert measure.percentile(values, 0.99) == 99
+    assert measure.percentile([7.0], 0.99) == 7
