@@ -73,14 +73,21 @@ class Listener(Protocol):
     """A bound, listening, non-blocking socket."""
 
     @property
-    def text(self) -> str:
+    def target(self) -> Target:
         """The address that it has got, with the real port."""
+
+    @property
+    def reachable_as(self) -> str:
+        """What a peer would dial: the address, or this host's name where it listens at all addresses."""
 
     def fileno(self) -> int:
         """Return the socket's descriptor: the engine takes a dup."""
 
     def close(self) -> None:
         """Close it and remove what it left in the file system. Idempotent."""
+
+    def abandon(self) -> None:
+        """Close it in a forked child, and remove nothing: it is the parent's."""
 
 
 class Backend(Protocol):
@@ -99,6 +106,9 @@ class Backend(Protocol):
 
 class StreamBackend(Backend, Protocol):
     """A backend whose sessions begin with a handshake over a connected socket."""
+
+    def may_block(self, where: str) -> bool:
+        """Say whether `resolve` asks a name service for it. ValueError: the form is wrong."""
 
     def resolve(self, where: str) -> Sequence[Target]:
         """Return the places that an address stands for, the preferred first. May block on a name service.
@@ -120,6 +130,9 @@ class StreamBackend(Backend, Protocol):
 
     def dialled(self, sock: socket.socket) -> None:
         """Raise the OSError that a decided connect ended with, if any."""
+
+    def accepted(self, sock: socket.socket) -> str:
+        """Set an accepted socket up; return a name of the other end's host, for limits and logs."""
 
     def prove(self, sock: socket.socket, policy: Policy) -> LinkProof | None:
         """Find out who holds the other end of a connected socket, without a word to it.

@@ -52,6 +52,10 @@ class TcpBackend:
         """Say whether it is unix:/path or ends in a port."""
         return where.startswith(UNIX_PREFIX) or where.rpartition(":")[2].isdecimal()
 
+    def may_block(self, where: str) -> bool:
+        """Say whether it has a name and no numeric address."""
+        return not is_numeric(where)
+
     def resolve(self, where: str) -> Sequence[Target]:
         """Return the numeric addresses that `where` stands for; blocks while a name service is asked."""
         if where.startswith(UNIX_PREFIX):
@@ -66,9 +70,9 @@ class TcpBackend:
             return
         if not policy.insecure:
             raise InsecureConfigError(
-                f"{target}: without a key only unix sockets and loopback addresses are allowed, since "
-                f"nothing else proves who the peer is; use 127.0.0.1, [::1] or unix:/path, or give both ends a key, "
-                f"or set insecure=True if all who can reach this address may take part"
+                f"{target}: without a key only unix sockets and loopback are allowed, since nothing else "
+                f"proves who the peer is; use 127.0.0.1, [::1] or unix:/path, or give both ends a key, or "
+                f"set insecure=True if all who can reach this address may take part"
             )
         _log.warning("insecure=True: whoever can reach %s may connect; nothing proves the peer", target)
 
@@ -109,6 +113,11 @@ class TcpBackend:
             code = errno.ECONNREFUSED  # simultaneous open with our own ephemeral port: nobody listens there
         if code:
             raise OSError(code, os.strerror(code))
+
+    def accepted(self, sock: socket.socket) -> str:
+        """Set its options; return the address without the port."""
+        set_options(sock)
+        return "a unix socket" if sock.family == socket.AF_UNIX else str(endpoint_of(sock.getpeername())[0])
 
     def prove(self, sock: socket.socket, policy: Policy) -> LinkProof | None:
         """Ask the kernel who holds the other end."""
@@ -151,9 +160,11 @@ class TcpListener:
         self.target = target if self._path else _inet_target(target.family, sock.getsockname())
 
     @property
-    def text(self) -> str:
-        """The address with its real port."""
-        return self.target.text
+    def reachable_as(self) -> str:
+        """The address, or this host's name and the port."""
+        if self._path or not endpoint_of(self.target.sockaddr)[0].is_unspecified:
+            return self.target.text
+        return f"{socket.gethostname()}:{self.target.sockaddr[1]}"
 
     def fileno(self) -> int:
         """Return the descriptor."""

@@ -51,6 +51,10 @@ class Unfit(Exception):
         self.error = error
 
 
+class SessionDeclined(HandshakeError):
+    """The peer has, or makes, another session with us: wait for that, or try again."""
+
+
 _ERRORS: dict[str, type[HandshakeFailure]] = {
     "version": VersionMismatch,
     "suite": AuthenticationError,
@@ -58,6 +62,7 @@ _ERRORS: dict[str, type[HandshakeFailure]] = {
     "downgrade": DowngradeError,
     "backends": NoCommonPath,
     "limit": ResourceLimit,
+    "session": SessionDeclined,
 }
 
 

@@ -38,6 +38,7 @@ INCARNATION_NBYTES: Final = 16
 KEY_ID_NBYTES: Final = 16
 
 LANES_MAX: Final = 64
+ADDRESSES_MAX: Final = 16
 CHUNK_MIN_NBYTES: Final = 64
 CHUNK_MAX_NBYTES: Final = 1 << 20
 CONFIRM_TEXT: Final = b"ok"
@@ -160,7 +161,7 @@ class Hello(Struct, frozen=True, kw_only=True, tag="hello", tag_field="type"):
     reachability: Reachability
     name: _Name = ""
     capabilities: _U63 = 0
-    addresses: Annotated[tuple[_Address, ...], Meta(max_length=16)] = ()
+    addresses: Annotated[tuple[_Address, ...], Meta(max_length=ADDRESSES_MAX)] = ()
     features: Annotated[tuple[_Word, ...], Meta(max_length=32)] = ()
 
 
