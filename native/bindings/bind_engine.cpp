@@ -177,6 +177,7 @@ void bind_engine(nb::module_& m) {
     nb::class_<PyQueue>(m, "Queue")
         .def("__init__", [](PyQueue* self) { new (self) PyQueue{std::make_shared<engine::Queue>()}; })
         .def("fileno", [](const PyQueue& self) { return self.queue->fd(); })
+        .def("push", [](const PyQueue& self, std::uint64_t tag) { self.queue->signal(tag); }, nb::arg("tag"))
         .def("poll", [](const PyQueue& self) { return self.queue->poll(); });
 
     nb::class_<PyGate>(m, "Gate")

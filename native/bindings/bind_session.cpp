@@ -108,6 +108,12 @@ void bind_session(nb::module_& m) {
              nb::arg("control_fd"), nb::kw_only(), nb::arg("session_id"), nb::arg("protection"), nb::arg("lanes"), nb::arg("chunk_nbytes"),
              nb::arg("peer_pid"), nb::arg("backend") = "tcp", nb::arg("max_unmatched") = 1024, nb::arg("max_regions") = 1024,
              nb::arg("socket_buffer_nbytes") = 0)
+        .def("adopt",
+             [](PySession& self, PySession& other) {
+                 require_alive(*self.engine);
+                 translate([&] { self.connection->adopt(other.connection); });
+             },
+             nb::arg("other"))
         .def("add_lane",
              [](PySession& self, int fd, std::uint32_t number) {
                  translate([&] {

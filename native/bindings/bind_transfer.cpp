@@ -49,7 +49,7 @@ bool wait(const PyTransfer& self, double timeout_s) {
         bool over = false;
         {
             nb::gil_scoped_release unlocked;
-            over = self.connection().wait(self.handle(), until);
+            over = self.connection()->wait(self.handle(), until);
         }
         if (over) {
             return true;
@@ -74,7 +74,7 @@ bool wait_layer(const PyTransfer& self, std::uint32_t layer, double timeout_s) {
         LayerState state{};
         {
             nb::gil_scoped_release unlocked;
-            state = self.connection().wait_layer(self.transfer, layer, until);
+            state = self.connection()->wait_layer(self.transfer, layer, until);
         }
         switch (state) {
             case LayerState::landed: return true;
@@ -149,7 +149,13 @@ void bind_transfer(nb::module_& m) {
              [](const PyTransfer& self) {
                  require_alive(*self.engine);
                  if (self.transfer && !self.transfer->done()) {
-                     translate([&] { self.transfer->connection()->cancel(self.transfer); });
+                     translate([&] {
+                         std::shared_ptr<engine::Connection> asked;
+                         while (asked != self.transfer->connection()) {    // it may be taken over by another meanwhile
+                             asked = self.transfer->connection();
+                             asked->cancel(self.transfer);
+                         }
+                     });
                  }
              })
         .def("state", &state_of)

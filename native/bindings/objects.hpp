@@ -39,7 +39,7 @@ struct PyTransfer {
     engine::Handle& handle() const noexcept {
         return transfer ? static_cast<engine::Handle&>(*transfer) : static_cast<engine::Handle&>(*message);
     }
-    engine::Connection& connection() const noexcept { return transfer ? *transfer->connection() : *message->connection(); }
+    std::shared_ptr<engine::Connection> connection() const { return transfer ? transfer->connection() : message->connection(); }
 };
 
 struct PySession {

@@ -167,9 +167,42 @@ void Connection::release_message(const std::shared_ptr<MessageHandle>& message, 
     settle();
 }
 
+void Connection::adopt(const std::shared_ptr<Connection>& other) {
+    std::vector<protocol::TransferPtr> refused;
+    const Time now = monotonic_ns();
+    {
+        const std::scoped_lock lock(mutex_, other->mutex_);
+        for (auto& transfer : other->session_.give_up_posts()) {
+            auto handle = std::static_pointer_cast<TransferHandle>(transfer);
+            handle->move_to(shared_from_this());
+            try {
+                session_.take_over(transfer, now);
+            } catch (const protocol::LocalViolation&) {
+                handle->outcome = {Cause::cancelled, protocol::Delivered::no, "its key is in use on the connection to the same peer", {}};
+                handle->over_at = now;
+                handle->snapshot(backend_);
+                refused.push_back(std::move(transfer));
+            }
+        }
+        for (auto& message : other->session_.give_up_messages()) {
+            session_.post_message(std::move(message), now);
+        }
+        other->session_.lost(Cause::connection_closed, "another connection to this peer has taken its place", now);
+        other->lost_.store(true);
+    }
+    for (const auto& transfer : refused) {
+        complete(transfer);
+    }
+    other->engine_.forget(*other);
+    settle();
+}
+
 void Connection::cancel(const std::shared_ptr<TransferHandle>& handle) {
     {
         const std::lock_guard lock(mutex_);
+        if (handle->connection().get() != this) {
+            return;    // moved meanwhile: the caller looks again
+        }
         session_.stop(handle, {Cause::cancelled, protocol::Delivered::no, "cancelled here", {}}, monotonic_ns());
     }
     settle();

@@ -56,6 +56,8 @@ class Connection final : public backends::PathHost, public std::enable_shared_fr
     /// The two halves of open(), for a path whose other end must be prepared before the first frame.
     void prepare(std::shared_ptr<backends::Path> path, const protocol::SessionConfig& config);
     void begin();
+    /// Takes over what was posted on a connection that never opened, and ends that one.
+    void adopt(const std::shared_ptr<Connection>& other);
     std::shared_ptr<TransferHandle> post(PostArgs args);
     std::shared_ptr<MessageHandle> post_message(protocol::Bytes data, std::shared_ptr<TransferHandle> after, std::shared_ptr<Queue> queue,
                                                 std::uint64_t tag);

@@ -149,15 +149,19 @@ std::vector<std::shared_ptr<Connection>> Engine::all_connections() {
     return all;
 }
 
-void Engine::lost(const std::shared_ptr<Connection>& connection, Cause cause, const std::string& reason) {
-    {
-        const std::lock_guard lock(mutex_);
-        const auto known = connections_.find(connection->session_id());
-        if (known != connections_.end() && known->second == connection) {
-            connections_.erase(known);
-        }
-        gated_.erase(connection.get());
+void Engine::forget(const Connection& connection) {
+    std::shared_ptr<Connection> last;    // let go after the lock
+    const std::lock_guard lock(mutex_);
+    const auto known = connections_.find(connection.session_id());
+    if (known != connections_.end() && known->second.get() == &connection) {
+        last = known->second;
+        connections_.erase(known);
     }
+    gated_.erase(const_cast<Connection*>(&connection));
+}
+
+void Engine::lost(const std::shared_ptr<Connection>& connection, Cause cause, const std::string& reason) {
+    forget(*connection);
     Event event;
     event.kind = Event::Kind::lost;
     event.session_id = connection->session_id();

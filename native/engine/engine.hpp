@@ -64,6 +64,7 @@ class Engine {
     std::shared_ptr<Connection> new_connection(std::string session_id);
     void rename(const std::shared_ptr<Connection>& connection, const std::string& session_id);
     std::shared_ptr<Connection> find(const std::string& session_id);
+    void forget(const Connection& connection);
     std::shared_ptr<Pool> new_pool(std::string name, std::shared_ptr<const memory::PoolShape> shape, bool writable);
     bool close_pool(const std::shared_ptr<Pool>& pool, std::int64_t until);
 

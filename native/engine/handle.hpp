@@ -6,6 +6,7 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -35,7 +36,15 @@ class TransferHandle final : public protocol::Transfer, public Handle {
     std::uint64_t runs(std::uint64_t begin, std::uint64_t end, iovec* out, std::size_t most, std::size_t& count) const override;
     void reorder(const std::vector<std::uint32_t>& positions) override;
 
-    const std::shared_ptr<Connection>& connection() const noexcept { return connection_; }
+    std::shared_ptr<Connection> connection() const {
+        const std::lock_guard lock(connection_mutex_);
+        return connection_;
+    }
+    /// Another connection has taken the post over.
+    void move_to(std::shared_ptr<Connection> connection) {
+        const std::lock_guard lock(connection_mutex_);
+        connection_ = std::move(connection);
+    }
     const std::shared_ptr<Pool>& block_pool() const noexcept { return block_pool_; }
     const memory::StreamPlan& plan() const noexcept { return *plan_; }
     const std::shared_ptr<const memory::StreamPlan>& shared_plan() const noexcept { return plan_; }
@@ -51,6 +60,7 @@ class TransferHandle final : public protocol::Transfer, public Handle {
     std::atomic<std::uint64_t> landed{0};
 
   private:
+    mutable std::mutex connection_mutex_;
     std::shared_ptr<Connection> connection_;
     std::shared_ptr<Pool> block_pool_;
     std::shared_ptr<const memory::StreamPlan> plan_;

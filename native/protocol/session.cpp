@@ -101,6 +101,12 @@ void Session::post(TransferPtr transfer, std::uint64_t pool_id, Time now) {
     refusals_.erase(transfer->key);    // who refuses and then posts means the post
     transfer->terms.pool = pool_id;
     transfer->posted_at = transfer->waits_since = now;
+    enter(transfer, now);
+}
+
+// Gives a post its place and, if its partner waits here, its match.
+void Session::enter(const TransferPtr& transfer, Time now) {
+    const bool source = transfer->role == Role::source;
     transfer->id = source ? next_offer_++ : next_want_++;
     if (source) {
         offers_.emplace(transfer->id, transfer);
@@ -130,6 +136,32 @@ void Session::post(TransferPtr transfer, std::uint64_t pool_id, Time now) {
         return;
     }
     tell_or_queue(transfer);
+}
+
+std::vector<TransferPtr> Session::give_up_posts() {
+    std::vector<TransferPtr> posts;
+    for (auto* keys : {&source_keys_, &destination_keys_}) {
+        for (const auto& [key, transfer] : *keys) {
+            if (transfer->state == State::posted) {
+                posts.push_back(transfer);
+            }
+        }
+    }
+    std::sort(posts.begin(), posts.end(), [](const auto& a, const auto& b) { return a->posted_at < b->posted_at; });
+    for (const TransferPtr& transfer : posts) {
+        forget(transfer);
+        wants_.erase(transfer->id);
+    }
+    untold_.clear();
+    return posts;
+}
+
+void Session::take_over(TransferPtr transfer, Time now) {
+    auto& keys = transfer->role == Role::source ? source_keys_ : destination_keys_;
+    if (!keys.emplace(transfer->key, transfer).second) {
+        throw LocalViolation("key '" + transfer->key + "' is in use on the connection that took this one's place");
+    }
+    enter(transfer, now);
 }
 
 void Session::tell_or_queue(const TransferPtr& transfer) {

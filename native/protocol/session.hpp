@@ -15,6 +15,7 @@
 
 #include <cstdint>
 #include <deque>
+#include <iterator>
 #include <optional>
 #include <set>
 #include <string>
@@ -76,6 +77,11 @@ class Session {
     explicit Session(Time now) : heard_at_(now), spoke_at_(now) {}
     explicit Session(SessionConfig config, Time now) : config_(config), opened_(true), heard_at_(now), spoke_at_(now) {}
     void open(SessionConfig config, Time now);
+    /// Before open(): gives up what was posted, for another session with the same peer to take over.
+    std::vector<TransferPtr> give_up_posts();
+    std::deque<MessagePtr> give_up_messages() { return std::exchange(messages_, {}); }
+    /// A post that another session gave up; it keeps its clock. Throws LocalViolation when the key is in use.
+    void take_over(TransferPtr transfer, Time now);
 
     // What the local user asks. post() throws LocalViolation when the key is in use.
     void post(TransferPtr transfer, std::uint64_t pool_id, Time now);
@@ -162,6 +168,7 @@ class Session {
     void finish(const TransferPtr& transfer, Time now);
     void forget(const TransferPtr& transfer);
     void after_quiesce(const TransferPtr& transfer, Time now);
+    void enter(const TransferPtr& transfer, Time now);
     void tell(const TransferPtr& transfer);
     void tell_or_queue(const TransferPtr& transfer);
     void announce(std::uint64_t pool_id, const PoolTerms& pool);

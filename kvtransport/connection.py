@@ -1,0 +1,283 @@
+"""Connection: one peer. Where protocol, memory and backends meet.
+
+Here: posting (checks, one native call), messages, refusals, what the connection tells of itself. Not here: how it
+came about (`kvtransport.acceptor`), how bytes move (native), what a handle can do (`kvtransport.transfer`).
+
+Invariant: a Connection has one native session at a time, from its beginning: before the handshake is over, a
+session that keeps what is posted; then the real one, which takes those posts over. Once lost it stays lost.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterable
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from kvtransport import _native
+from kvtransport.completion import CompletionQueue
+from kvtransport.errors import ConnectionClosed, KVTransportError, PeerLost
+from kvtransport.memory.pool import BlockPool
+from kvtransport.transfer import LayerGate, SentMessage, Transfer, no_streams, require_gate
+from kvtransport.types import BlockIds, ConnectionState, Heads, LayerName, Peer
+
+if TYPE_CHECKING:
+    from kvtransport.endpoint import Endpoint
+
+MATCH_TIMEOUT_S = 300.0
+STALL_TIMEOUT_S = 10.0
+
+
+class Connection:
+    """One peer, made by `Endpoint.connect` and `Endpoint.accept`. All methods are thread-safe; a context manager.
+
+    peer: who the other end is.
+    state: "connecting", "open" or "lost". A lost Connection stays so; `Endpoint.connect` makes a new one.
+    """
+
+    def __init__(
+        self, *, endpoint: Endpoint, peer: Peer, backend_name: str, session: _native.Session | None = None
+    ) -> None:
+        """For Endpoint. Without a session: posts are kept until `_attach`."""
+        self.peer = peer
+        self._endpoint = endpoint
+        self._backend_name = backend_name
+        self._lock = threading.Lock()
+        self._error: KVTransportError | None = None
+        self._opened = threading.Event()
+        self._session = session or endpoint.engine.new_session(os.urandom(16))
+        if session is not None:
+            self._opened.set()
+
+    # --- two-sided transfers -------------------------------------------------------------------------------
+
+    def send_blocks(
+        self,
+        pool: BlockPool,
+        block_ids: BlockIds,
+        *,
+        key: str | bytes,
+        layers: Iterable[LayerName] | None = None,
+        heads: Heads = None,
+        after: LayerGate | None = None,
+        match_timeout_s: float = MATCH_TIMEOUT_S,
+        stall_timeout_s: float = STALL_TIMEOUT_S,
+        timeout_s: float | None = None,
+        meta: bytes = b"",
+        stream: object = None,
+        queue: CompletionQueue | None = None,
+        tag: object = None,
+    ) -> Transfer:
+        """Send blocks to the peer's `recv_blocks` of the same key. Returns at once; either side may be first.
+
+        block_ids: one-dimensional; ids may repeat. {group: ids} where the pool has several groups.
+        key: 1 to 255 bytes; names one unfinished send of this connection. layers: names or places, default all.
+        heads: a slice of this side's KV heads. after: a gate; its layers are sent as they are released.
+        match_timeout_s: the peer hasn't posted its side, or the gate stays shut. stall_timeout_s: no byte moves.
+        timeout_s: in all. meta: at most 4,096 bytes, the peer's `result().meta`.
+        The blocks must not be rewritten before the handle is done.
+
+        Raises ValueError and TypeError for misuse, LocalProtocolError (key in use, pool closed, an array that moved
+        since it was registered), PeerLost or ConnectionClosed (this connection has ended).
+        """
+        gate = None if after is None else require_gate(after, pool).native
+        if stream is not None:
+            raise no_streams()
+        self._check(pool)
+        index = pool.layer_indices(layers)
+        tag_id = queue.next_id() if queue is not None else 0
+        native = self._session.post_send(
+            pool.native,
+            block_ids,
+            key,
+            index,
+            pool.head_slice(heads, index),
+            gate,
+            match_timeout_s,
+            stall_timeout_s,
+            -1.0 if timeout_s is None else timeout_s,
+            meta,
+            None if queue is None else queue.native,
+            tag_id,
+        )
+        transfer = Transfer(native, self._endpoint.bridges, pool, key, tag)
+        if queue is not None:
+            queue.entered(tag_id, transfer)
+        return transfer
+
+    def recv_blocks(
+        self,
+        pool: BlockPool,
+        block_ids: BlockIds,
+        *,
+        key: str | bytes,
+        layers: Iterable[LayerName] | None = None,
+        heads: Heads = None,
+        match_timeout_s: float = MATCH_TIMEOUT_S,
+        stall_timeout_s: float = STALL_TIMEOUT_S,
+        timeout_s: float | None = None,
+        meta: bytes = b"",
+        stream: object = None,
+        queue: CompletionQueue | None = None,
+        tag: object = None,
+    ) -> Transfer:
+        """Receive blocks from the peer's `send_blocks` of the same key, in place. Returns at once.
+
+        Arguments are those of `send_blocks`. Both sides must name the same number of bytes: the same number of blocks
+        and layers, pieces of equal size, equal dtype, order and K/V form; else LayoutMismatch, before any byte.
+
+        Raises besides: ValueError where block ids overlap within the call or the pool is read-only,
+        LocalProtocolError where another receive in flight fills some of the same bytes (it names its key).
+        """
+        if stream is not None:
+            raise no_streams()
+        self._check(pool)
+        index = pool.layer_indices(layers)
+        tag_id = queue.next_id() if queue is not None else 0
+        native = self._session.post_recv(
+            pool.native,
+            block_ids,
+            key,
+            index,
+            pool.head_slice(heads, index),
+            match_timeout_s,
+            stall_timeout_s,
+            -1.0 if timeout_s is None else timeout_s,
+            meta,
+            None if queue is None else queue.native,
+            tag_id,
+        )
+        transfer = Transfer(native, self._endpoint.bridges, pool, key, tag)
+        if queue is not None:
+            queue.entered(tag_id, transfer)
+        return transfer
+
+    def refuse(self, key: str | bytes, reason: str, *, remember_s: float = MATCH_TIMEOUT_S) -> None:
+        """Tell the side that waits for this key, or will within `remember_s` seconds, that nothing comes.
+
+        It gets PeerAborted(reason) at once: for a prefill that failed before it could send.
+        """
+        self._require_open()
+        self._session.refuse(key, reason, remember_s)
+
+    # --- messages ------------------------------------------------------------------------------------------
+
+    def send_message(
+        self,
+        data: bytes,
+        *,
+        after: Transfer | None = None,
+        queue: CompletionQueue | None = None,
+        tag: object = None,
+    ) -> SentMessage:
+        """Send up to 1 MiB to the peer's `Endpoint.recv_messages`, in order with other messages.
+
+        after: a transfer; the message goes when that has succeeded. If it fails, the message isn't sent and its
+        handle raises that error. The handle is done when the peer's endpoint has queued the message.
+        """
+        self._require_open()
+        tag_id = queue.next_id() if queue is not None else 0
+        native = self._session.post_message(
+            bytes(data),
+            None if after is None else after.native,
+            None if queue is None else queue.native,
+            tag_id,
+        )
+        message = SentMessage(native, self._endpoint.bridges, tag)
+        if queue is not None:
+            queue.entered(tag_id, message)
+        return message
+
+    # --- what it is ----------------------------------------------------------------------------------------
+
+    @property
+    def state(self) -> ConnectionState:
+        """Where it stands."""
+        if self._error is not None:
+            return "lost"
+        return "connecting" if not self._opened.is_set() and self._session.state() == "open" else self._session.state()
+
+    def explain(self) -> str:
+        """Say which way bytes go, why, and what was refused and why; some lines of text."""
+        lines = [f"connection to {self.peer}: {self.state}"]
+        if self._error is not None:
+            lines.append(f"  {self._error}")
+        lines.extend(f"  {line}" for line in self._endpoint.paths(self))
+        return "\n".join(lines)
+
+    def stats(self) -> dict[str, Any]:
+        """Return this connection's counters: chunks, bytes, transfers and messages by direction and outcome."""
+        return {"peer": str(self.peer), "backend": self.backend, **self._session.stats()}
+
+    @property
+    def backend(self) -> str:
+        """The name of the way in use, "none" before there is one."""
+        return self._session.backend()
+
+    def close(self) -> None:
+        """End the connection: what is unfinished here raises ConnectionClosed, the peer gets PeerLost(closed)."""
+        self._end(ConnectionClosed("this connection was closed here"), "local")
+
+    def __enter__(self) -> Connection:
+        """Return itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close it."""
+        self.close()
+
+    def __repr__(self) -> str:
+        """Peer, state and backend."""
+        return f"<Connection to {self.peer} {self.state} over {self.backend}>"
+
+    # --- for the acceptor and the endpoint -----------------------------------------------------------------
+
+    def _attach(
+        self, session: _native.Session, *, peer: Peer | None = None, backend_name: str | None = None
+    ) -> None:
+        """The handshake is over: `session` takes over what was posted."""
+        with self._lock:
+            if self._opened.is_set() or self._error is not None:
+                return
+            before, self._session = self._session, session
+            self.peer = peer or self.peer
+            self._backend_name = backend_name or self._backend_name
+            self._opened.set()
+        session.adopt(before)
+
+    def _lost(self, cause: str, detail: str) -> None:
+        """The session ended, or its peer was found to have restarted."""
+        if cause == "local":
+            self._fail(ConnectionClosed(detail))
+        else:
+            word = cause if cause in ("heartbeat", "restarted", "closed") else detail.partition(": ")[0]
+            known = word if word in ("reset", "heartbeat", "restarted", "closed") else "reset"
+            self._end(PeerLost(f"the connection to {self.peer} was lost: {detail}", cause=known), f"{known}: {detail}")
+
+    def _fail(self, error: BaseException) -> None:
+        """It can't come about, or has ended, for this reason; posts raise it from now on."""
+        kept = error if isinstance(error, KVTransportError) else KVTransportError(str(error))
+        self._end(kept, f"reset: {error}")
+
+    def _end(self, error: KVTransportError, cause: str) -> None:
+        with self._lock:
+            if self._error is None:
+                self._error = error
+            session = self._session
+        session.close(cause)
+
+    def _require_open(self) -> None:
+        error = self._error
+        if error is not None:
+            raise type(error)(str(error), **{n: getattr(error, n) for n in type(error).attribute_names() if n in vars(error)})
+
+    def _check(self, pool: BlockPool) -> None:
+        """What is cheap and can be known at the call."""
+        if self._error is not None:
+            self._require_open()
+        if not isinstance(pool, BlockPool):
+            raise TypeError(f"pool is {type(pool).__name__}, not a BlockPool (Endpoint.register makes one)")
+        pool.check()
