@@ -22,6 +22,7 @@ from typing import Any, Final
 
 from kvtransport import _native
 from kvtransport.acceptor import Acceptor, ConnectTimeout
+from kvtransport.completion import CompletionQueue, LoopBridges
 from kvtransport.config import Config, available_cpus, default_movers
 from kvtransport.connection import Connection
 from kvtransport.errors import ConnectionClosed, ForkedProcessError, ResourceLimit
@@ -30,7 +31,7 @@ from kvtransport.memory.allocation import HostMemory
 from kvtransport.memory.layout import BlockLayout, LayerGroup
 from kvtransport.memory.pool import BlockPool
 from kvtransport.protocol.descriptor import Descriptor
-from kvtransport.transfer import CompletionQueue, LayerGate
+from kvtransport.transfer import LayerGate
 from kvtransport.types import Peer
 
 _GRACE_S: Final = 5.0
@@ -53,6 +54,7 @@ class Endpoint:
         self._closed = False
         self._lock = threading.Lock()  # of close, and of _pools
         self._pools: set[BlockPool] = set()
+        self._bridges = LoopBridges(_native.Queue)
         try:
             self._engine = _engine(self._incarnation, self._config)
             try:
@@ -66,7 +68,9 @@ class Endpoint:
             raise ResourceLimit(
                 "too few file descriptors for an endpoint; raise the limit (ulimit -n)"
             ) from e
-        self._finalizer = weakref.finalize(self, _shut_down, self._pid, self._acceptor, self._engine)
+        self._finalizer = weakref.finalize(
+            self, _shut_down, self._pid, self._acceptor, self._engine, self._bridges
+        )
         _living.add(self)
 
     # --- peers -------------------------------------------------------------------------------------------
@@ -216,7 +220,7 @@ class Endpoint:
         over.
         """
         self._check()
-        return CompletionQueue()
+        return CompletionQueue(_native.Queue())
 
     # --- itself ------------------------------------------------------------------------------------------
 
@@ -234,6 +238,20 @@ class Endpoint:
     def closed(self) -> bool:
         """Whether `close` was called."""
         return self._closed
+
+    @property
+    def engine(self) -> _native.Engine:
+        """The native engine, for Connection."""
+        return self._engine
+
+    @property
+    def bridges(self) -> LoopBridges:
+        """What wakes event loops, for handles."""
+        return self._bridges
+
+    def paths(self, connection: Connection) -> list[str]:
+        """Return the lines of `Connection.explain` about ways: which is used, and why others are not."""
+        return self._acceptor.paths(connection)
 
     def stats(self) -> dict[str, Any]:
         """Return counters: connections, handshakes, and by peer what Connection.stats returns."""
@@ -302,7 +320,7 @@ def _acceptor(
 ) -> Acceptor:
     """Return a running acceptor. It must not keep the endpoint alive, whose end is its own."""
 
-    def make_connection(peer: Peer, backend_name: str, session: _native.Session) -> Connection:
+    def make_connection(peer: Peer, backend_name: str, session: _native.Session | None) -> Connection:
         owner = endpoint()
         if owner is None:
             raise ConnectionClosed("the endpoint is gone")
@@ -313,13 +331,14 @@ def _acceptor(
     return acceptor
 
 
-def _shut_down(pid: int, acceptor: Acceptor, engine: _native.Engine) -> None:
+def _shut_down(pid: int, acceptor: Acceptor, engine: _native.Engine, bridges: LoopBridges) -> None:
     """End what an endpoint owns: by close, by the garbage collector, or at interpreter exit."""
     if os.getpid() != pid:
         return
     acceptor.stop()
     engine.close()
     acceptor.drain()
+    bridges.close()
 
 
 _living: weakref.WeakSet[Endpoint] = weakref.WeakSet()

@@ -28,13 +28,12 @@ from kvtransport.acceptor.engine import NativeEngine, NativeSession, open_sessio
 from kvtransport.acceptor.inbound import Inbound
 from kvtransport.acceptor.loop import Loop
 from kvtransport.acceptor.places import Place, Places
-from kvtransport.acceptor.reachability import here, visible_pid
+from kvtransport.acceptor.reachability import here, same_network, visible_pid
 from kvtransport.acceptor.roster import Found, Roster
 from kvtransport.backends.base import Listener, Policy, StreamBackend, Target
-from kvtransport.config import Config, available_cpus, default_lanes
+from kvtransport.config import LATER_BACKENDS, Config, available_cpus, default_lanes
 from kvtransport.errors import ConnectionClosed, KVTransportError
 from kvtransport.protocol import messages
-from kvtransport.protocol.agreement import Terms
 from kvtransport.protocol.auth import NullSuite
 from kvtransport.protocol.handshake import Handshake
 from kvtransport.protocol.messages import Hello, Role, printable
@@ -52,9 +51,9 @@ STRANGERS_TICK_S: Final = 0.05
 
 
 class MakeConnection(Protocol):
-    """How the endpoint makes a Connection; it is connecting, where the session isn't attached yet."""
+    """How the endpoint makes a Connection; without a session it is connecting."""
 
-    def __call__(self, peer: Peer, backend_name: str, session: NativeSession) -> Connection:
+    def __call__(self, peer: Peer, backend_name: str, session: NativeSession | None) -> Connection:
         """Return a new one."""
 
 
@@ -133,8 +132,7 @@ class Acceptor:
             connection = self._premade.get(place)
             if connection is None:
                 peer = Peer(place.expected or b"", address=place.addresses[0])
-                native = self.engine.new_session(os.urandom(16))
-                connection = self._premade[place] = self._make_connection(peer, "", native)
+                connection = self._premade[place] = self._make_connection(peer, "", None)
         self._request(place, timeout_s)
         return connection
 
@@ -181,60 +179,69 @@ class Acceptor:
             features=self._places.names,
         )
 
-    def open(self, sock: socket.socket, terms: Terms, found: Found, wanted: Wanted | None) -> NativeSession:
+    def open(self, sock: socket.socket, found: Found, wanted: Wanted | None) -> NativeSession:
         """Hand a control connection whose handshake is over to the engine, and make a Connection of it."""
+        peer_pid = visible_pid(self.reachability, found.hello.reachability)
         with self.roster.lock:
-            premade = self.premade_for(found.hello, wanted)
             session = open_session(
-                self.engine,
-                sock,
-                terms,
-                self._config,
-                into=premade.native if premade else None,
-                backend=found.backend_name,
-                peer_pid=visible_pid(self.reachability, found.hello.reachability),
+                self.engine, sock, found.terms, self._config, backend=found.backend_name, peer_pid=peer_pid
             )
-            self.adopt(session, found, premade, wanted, ready=wanted is None)
+            self.adopt(session, found, wanted, ready=wanted is None)
         return session
 
-    def premade_for(self, hello: Hello, wanted: Wanted | None) -> Connection | None:
-        """Return a Connection that waits for this peer, if there is one."""
-        waiting = [wanted] if wanted else self._waiting_for(hello.incarnation)
-        return next((w.connection for w in waiting if w.connection is not None), None)
-
-    def adopt(
-        self,
-        session: NativeSession,
-        found: Found,
-        premade: Connection | None,
-        wanted: Wanted | None,
-        *,
-        ready: bool,
-    ) -> None:
+    def adopt(self, session: NativeSession, found: Found, wanted: Wanted | None, *, ready: bool) -> None:
         """Make a new session a Connection, and put it in the roster, whose lock is held.
 
-        `premade`: its session has been attached. `wanted`: the Dial that it is for; None: the peer has
-        dialled us.
+        `wanted`: the Dial that it is for; None: the peer has dialled us.
         """
         hello, address = found.hello, found.address
         self.retire_predecessors(hello, address)
         peer = Peer(
             incarnation=hello.incarnation,
-            identity=found.identity,
+            identity=found.terms.identity,
             address=address or next(iter(hello.addresses), "no address told"),
             pid=visible_pid(self.reachability, hello.reachability) or None,
             uid=found.proof.uid if found.proof else None,
         )
-        if premade is None:
+        waiting = [wanted] if wanted else self._waiting_for(hello.incarnation)
+        connection = next((w.connection for w in waiting if w.connection is not None), None)
+        if connection is None:
             connection = self._make_connection(peer, found.backend_name, session)
         else:
-            connection = premade
-            connection._attached(peer, found.backend_name)
+            connection._attach(session, peer=peer, backend_name=found.backend_name)
         self.roster.opened(found, session, connection, ready=ready)
-        if wanted is None and not self._waiting_for(hello.incarnation):
+        if not waiting:
             self.arrivals.put(connection)
         how = found.proof.how if found.proof else "by its key"
-        _log.info("session with %s over %s (%s)", peer, found.backend_name, how)
+        _log.info(
+            "session with %s over %s, protection %s (%s)",
+            peer,
+            found.backend_name,
+            found.terms.protection,
+            how,
+        )
+
+    def paths(self, connection: Connection) -> list[str]:
+        """Return which way a Connection's bytes go, and why others are refused: lines for
+        Connection.explain.
+        """
+        found = self.roster.found(connection)
+        if found is None:
+            return []
+        how = found.proof.how if found.proof else "proved by its key"
+        place = f"to {found.address}" if found.address else "dialled by the peer"
+        lanes = f", {found.terms.lanes} lanes" if found.backend_name != "inproc" else ""
+        lines = [
+            f"host memory: {found.backend_name}, {place}, protection {found.terms.protection}{lanes}; {how}"
+        ]
+        if found.backend_name != "inproc":
+            here = found.hello.reachability.pid == self.pid and same_network(
+                found.hello.reachability, self.reachability
+            )
+            reason = "the peer was dialled by its socket address" if here else "the peer is another process"
+            lines.append(f"inproc: refused: {reason}")
+        lines.append(f"{', '.join(LATER_BACKENDS)}: refused: not in this version")
+        return lines
 
     def _waiting_for(self, incarnation: bytes) -> list[Dial]:
         return [dial for dial in list(self._dials.values()) if dial.wants(incarnation)]

@@ -297,8 +297,8 @@ class Attempt:
         acceptor.loop.unwatch(sock)
         self._channel = None
         try:
-            found = Found(terms.peer, terms.identity, self._backend.name, self._proof, self.target.text)
-            self._session = acceptor.open(sock, terms, found, self._wanted)
+            found = Found(terms, self._backend.name, self._proof, self.target.text)
+            self._session = acceptor.open(sock, found, self._wanted)
         except (KVTransportError, OSError) as e:
             self._fail(str(e))
             return

@@ -10,6 +10,7 @@ other's session.
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from kvtransport.acceptor.roster import Found, Ruling
@@ -68,21 +69,19 @@ def join(ours: Acceptor, theirs: Acceptor, wanted: Wanted) -> tuple[Connection |
 
 def _open(ours: Acceptor, theirs: Acceptor, wanted: Wanted, address: str) -> None:
     own, other = ours.hello(DEFAULT_PROTECTION), theirs.hello(DEFAULT_PROTECTION)
-    suite = NullSuite()
+    suite, session_id = NullSuite(), os.urandom(16)
     try:
-        terms = agree(own, other, suite)
+        mine, others = agree(own, other, suite), agree(other, own, suite)
     except Unfit as e:
         raise e.error from None
     proof = LinkProof(os.geteuid(), os.getpid(), "same process")
-    mine, others = ours.premade_for(other, wanted), theirs.premade_for(own, None)
     session, peers = ours.engine.open_inproc_pair(
-        theirs.engine,
-        session_id=os.urandom(16),
-        protection=terms.protection,
-        mine=mine.native if mine else None,
-        theirs=others.native if others else None,
+        theirs.engine, session_id=session_id, protection=mine.protection
     )
     with ours.roster.lock:
-        ours.adopt(session, Found(other, None, "inproc", proof, address), mine, wanted, ready=True)
+        found = Found(replace(mine, session_id=session_id, initiator=True), "inproc", proof, address)
+        ours.adopt(session, found, wanted, ready=True)
     with theirs.roster.lock:
-        theirs.adopt(peers, Found(own, None, "inproc", proof, None), others, None, ready=True)
+        theirs.adopt(
+            peers, Found(replace(others, session_id=session_id), "inproc", proof, None), None, ready=True
+        )

@@ -133,8 +133,6 @@ class Inbound:
     def _open(self, established: Established) -> None:
         acceptor, sock, terms = self._acceptor, self._channel.sock, established.terms
         acceptor.loop.unwatch(sock)
-        acceptor.open(
-            sock, terms, Found(terms.peer, terms.identity, self._backend.name, self.proof, None), None
-        )
+        acceptor.open(sock, Found(terms, self._backend.name, self.proof, None), None)
         self._over = True
         acceptor.inbound_over(self, None)

@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 from kvtransport.acceptor.engine import NativeSession
 from kvtransport.acceptor.reachability import same_network
 from kvtransport.backends.base import LinkProof
+from kvtransport.protocol.agreement import Terms
 from kvtransport.protocol.messages import Hello, Reachability
 
 if TYPE_CHECKING:
@@ -57,11 +58,15 @@ class Holder(Protocol):
 class Found:
     """A peer with whom there is a session. `address`: where we dialled it; None: it dialled us."""
 
-    hello: Hello
-    identity: str | None
+    terms: Terms
     backend_name: str
     proof: LinkProof | None
     address: str | None
+
+    @property
+    def hello(self) -> Hello:
+        """What the peer says of itself."""
+        return self.terms.peer
 
 
 class Ruling(enum.Enum):
@@ -82,7 +87,7 @@ class Entry:
     holder: Holder | None = None
     session: NativeSession | None = None
     ready: bool = False
-    hello: Hello | None = None
+    found: Found | None = None
     dialled: set[str] = field(default_factory=set)  # addresses where we have found it
     connections: list[Connection] = field(default_factory=list)
 
@@ -141,7 +146,7 @@ class Roster:
         incarnation = found.hello.incarnation
         with self.lock:
             entry = self._entries.setdefault(incarnation, Entry(incarnation))
-            entry.holder, entry.session, entry.hello, entry.ready = None, session, found.hello, ready
+            entry.holder, entry.session, entry.found, entry.ready = None, session, found, ready
             entry.connections = [connection]
             if found.address:
                 entry.dialled.add(found.address)
@@ -170,7 +175,8 @@ class Roster:
                 entry.dialled.add(address)
             if connection is not None and connection not in entry.connections:
                 entry.connections.append(connection)
-                connection._joins(entry.connections[0])
+                name = entry.found.backend_name if entry.found else ""
+                connection._attach(entry.session, peer=entry.connections[0].peer, backend_name=name)
             return connection or entry.connections[0]
 
     def at(self, address: str) -> Connection | None:
@@ -192,7 +198,7 @@ class Roster:
             self._lost[session_id] = connections
             while len(self._lost) > REMEMBERED:
                 self._lost.popitem(last=False)
-            past = Entry(entry.incarnation, hello=entry.hello, dialled=entry.dialled)
+            past = Entry(entry.incarnation, found=entry.found, dialled=entry.dialled)
             self._past.extend((past, weakref.ref(c)) for c in connections)
             self.on_change()
             self._forget_if_idle(entry)
@@ -204,6 +210,11 @@ class Roster:
             entry = self._by_session.get(session_id)
             connections = entry.connections if entry else self._lost.get(session_id, [])
             return connections[0] if connections else None
+
+    def found(self, connection: Connection) -> Found | None:
+        """Return how a Connection's session came about; None: it has none."""
+        with self.lock:
+            return next((e.found for e in self._entries.values() if connection in e.connections), None)
 
     def connections(self) -> list[Connection]:
         """Return those with a session."""
@@ -232,9 +243,9 @@ class Roster:
             return sessions, connections
 
     def _replaces(self, hello: Hello, address: str | None, entry: Entry) -> bool:
-        if entry.incarnation == hello.incarnation or entry.hello is None:
+        if entry.incarnation == hello.incarnation or entry.found is None:
             return False
-        shared = set(hello.addresses) & set(entry.hello.addresses)
+        shared = set(hello.addresses) & set(entry.found.hello.addresses)
         if address in shared and address in entry.dialled:
             return True
         return (
@@ -245,9 +256,9 @@ class Roster:
 
     def _listens_at(self, entry: Entry) -> tuple[str, ...]:
         """Return the addresses that a peer told, if they mean the same here."""
-        if entry.hello is None or not same_network(entry.hello.reachability, self._reachability):
+        if entry.found is None or not same_network(entry.found.hello.reachability, self._reachability):
             return ()
-        return entry.hello.addresses
+        return entry.found.hello.addresses
 
     def _forget_if_idle(self, entry: Entry) -> None:
         if entry.holder is None and entry.session is None:

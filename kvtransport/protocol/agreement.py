@@ -40,6 +40,7 @@ class Terms:
     capabilities: int
     features: tuple[str, ...]
     session_id: bytes = b""
+    initiator: bool = False
 
 
 class Unfit(Exception):

@@ -303,7 +303,7 @@ class Handshake:
         accept, terms = _expect(value, Accept), _expect(self._terms, Terms)
         check_accept(accept, terms)
         self._send_record(Confirm())
-        return [Established(replace(terms, session_id=accept.session_id))]
+        return [Established(replace(terms, session_id=accept.session_id, initiator=True))]
 
     def _establish(self, value: object) -> list[Event]:
         """The session exists."""
