@@ -1,7 +1,7 @@
 // Claims in an irregular arena: by address.
 //
-// Here: the bytes of some layers of a plan as a sorted list of extents, and the questions whether two lists meet and to which
-// block an address belongs. Not here: arenas and owners (busy.hpp).
+// Here: the bytes of some layers of a plan as a sorted list of extents, and the questions whether two lists
+// meet and to which block an address belongs. Not here: arenas and owners (busy.hpp).
 // Invariant: extents are sorted, don't overlap and don't touch.
 #pragma once
 
@@ -17,9 +17,10 @@ namespace kvt::memory {
 class AddressSet {
   public:
     AddressSet() = default;
-    // All bytes of the given layers of the plan (indices into its stream). If a byte occurs twice, `*doubled` is its address and the
-    // set is unusable. Throws std::length_error if there are more than 64 Mi runs.
-    AddressSet(const StreamPlan& plan, const std::vector<std::size_t>& layers, std::optional<std::uintptr_t>* doubled);
+    // All bytes of the given layers of the plan (indices into its stream). If a byte occurs twice, `*doubled`
+    // is its address and the set is unusable. Throws std::length_error if there are more than 64 Mi runs.
+    AddressSet(const StreamPlan& plan, const std::vector<std::size_t>& layers,
+               std::optional<std::uintptr_t>* doubled);
 
     bool empty() const { return extents_.empty(); }
     std::optional<std::uintptr_t> first_common(const AddressSet& other) const;
@@ -34,6 +35,7 @@ struct PieceAt {
 };
 
 // The piece of these layers that holds an address. Slow: walks the whole plan; for error messages.
-std::optional<PieceAt> find_piece(const StreamPlan& plan, const std::vector<std::size_t>& layers, std::uintptr_t address);
+std::optional<PieceAt> find_piece(const StreamPlan& plan, const std::vector<std::size_t>& layers,
+                                  std::uintptr_t address);
 
 }  // namespace kvt::memory

@@ -2,8 +2,8 @@
 //
 // Here: sorting the groups of all registered pools into arenas, by arithmetic on their strides alone.
 // Not here: transfers (busy.hpp).
-// Invariant: two groups in different arenas share no byte. In a regular arena, a block `a` of one part and a block `b` of
-// another (or the same) share a byte only if both parts are the same column and a == b.
+// Invariant: two groups in different arenas share no byte. In a regular arena, a block `a` of one part and a
+// block `b` of another (or the same) share a byte only if both parts are the same column and a == b.
 #pragma once
 
 #include <cstdint>

@@ -22,17 +22,20 @@ std::string name_of(const StreamPlan& plan, std::size_t i) {
     return plan.shape()->named() ? plan.shape()->layers()[plan.layer(i)].name : std::to_string(plan.layer(i));
 }
 
-std::uint32_t group_of(const StreamPlan& plan, std::size_t i) { return plan.shape()->layers()[plan.layer(i)].group; }
+std::uint32_t group_of(const StreamPlan& plan, std::size_t i) {
+    return plan.shape()->layers()[plan.layer(i)].group;
+}
 
-Use& use_of(std::vector<Use>& uses, const StreamPlan& plan, std::uint64_t owner, std::uint32_t group, std::uint32_t arena,
-            std::uint32_t columns) {
+Use& use_of(std::vector<Use>& uses, const StreamPlan& plan, std::uint64_t owner, std::uint32_t group,
+            std::uint32_t arena, std::uint32_t columns) {
     for (Use& use : uses)
         if (use.group == group) return use;
     return uses.emplace_back(Use{owner, arena, group, &plan.ids(group), plan.heads(), ColumnSet(columns)});
 }
 
 // The first layer of the use's group that has a column in `columns`: for messages.
-std::string layer_in(const StreamPlan& plan, const ArenaMap::Place& place, std::uint32_t group, const ColumnSet& columns) {
+std::string layer_in(const StreamPlan& plan, const ArenaMap::Place& place, std::uint32_t group,
+                     const ColumnSet& columns) {
     for (std::size_t i = 0; i < plan.layer_count(); ++i)
         if (group_of(plan, i) == group)
             for (const std::uint32_t column : place.columns_of_layer[plan.layer(i)])
@@ -42,8 +45,10 @@ std::string layer_in(const StreamPlan& plan, const ArenaMap::Place& place, std::
 
 using Conflict = BusyTable::Conflict;
 
-// Fills `holding`; tells if the plan has a byte twice (as far as that takes no look at ids: see SlotTable::find).
-Conflict hold(const ArenaMap& map, const ArenaMap::Place& place, std::uint64_t owner, const StreamPlan& plan, Holding& holding) {
+// Fills `holding`; tells if the plan has a byte twice (as far as that takes no look at ids: see
+// SlotTable::find).
+Conflict hold(const ArenaMap& map, const ArenaMap::Place& place, std::uint64_t owner, const StreamPlan& plan,
+              Holding& holding) {
     for (std::size_t i = 0; i < plan.layer_count(); ++i) {
         const std::uint32_t group = group_of(plan, i), arena = place.arena_of_group[group];
         if (plan.positions(i) == 0) continue;
@@ -53,14 +58,17 @@ Conflict hold(const ArenaMap& map, const ArenaMap::Place& place, std::uint64_t o
         }
         Use& use = use_of(holding.uses, plan, owner, group, arena, map.arenas()[arena].columns);
         for (const std::uint32_t column : place.columns_of_layer[plan.layer(i)])
-            if (!use.columns.insert(column)) return {Conflict::within_call, owner, use.ids->front(), name_of(plan, i)};
+            if (!use.columns.insert(column))
+                return {Conflict::within_call, owner, use.ids->front(), name_of(plan, i)};
     }
-    std::stable_sort(holding.uses.begin(), holding.uses.end(), [](const Use& a, const Use& b) { return a.arena < b.arena; });
+    std::stable_sort(holding.uses.begin(), holding.uses.end(),
+                     [](const Use& a, const Use& b) { return a.arena < b.arena; });
     std::optional<std::uintptr_t> doubled;
     holding.addresses = AddressSet(plan, holding.irregular, &doubled);
     if (!doubled) return {};
     const auto piece = find_piece(plan, holding.irregular, *doubled);
-    return {Conflict::within_call, owner, piece ? piece->block_id : 0, piece ? name_of(plan, piece->layer) : ""};
+    return {Conflict::within_call, owner, piece ? piece->block_id : 0,
+            piece ? name_of(plan, piece->layer) : ""};
 }
 
 }  // namespace
@@ -94,10 +102,12 @@ Conflict BusyTable::Index::find_by_slot(const Claim& claim) {
         while (k + 1 + siblings < uses.size() && uses[k + 1 + siblings].arena == uses[k].arena) ++siblings;
         const auto hit = slots[uses[k].arena].find(uses[k], uses.data() + k + 1, siblings);
         if (!hit) continue;
-        const bool own = std::any_of(uses.begin(), uses.end(), [&](const Use& use) { return &use == hit->other; });
+        const bool own = std::any_of(uses.begin(), uses.end(),
+                                     [&](const Use& use) { return &use == hit->other; });
         if (!own && in_flight) continue;
-        const Conflict conflict{own ? Conflict::within_call : Conflict::in_flight, hit->other->owner, hit->id,
-                                layer_in(*claim.plan, *map.find(claim.plan->shape().get()), uses[k].group, hit->other->columns)};
+        const Conflict conflict{
+            own ? Conflict::within_call : Conflict::in_flight, hit->other->owner, hit->id,
+            layer_in(*claim.plan, *map.find(claim.plan->shape().get()), uses[k].group, hit->other->columns)};
         if (own) return conflict;  // misuse comes first, whatever else is under way
         in_flight = conflict;
     }
@@ -109,12 +119,14 @@ Conflict BusyTable::Index::find_by_address(const Claim& claim) const {
         const auto address = claim.holding.addresses.first_common(other->holding.addresses);
         if (!address) continue;
         const auto piece = find_piece(*claim.plan, claim.holding.irregular, *address);
-        return {Conflict::in_flight, other->owner, piece ? piece->block_id : 0, piece ? name_of(*claim.plan, piece->layer) : ""};
+        return {Conflict::in_flight, other->owner, piece ? piece->block_id : 0,
+                piece ? name_of(*claim.plan, piece->layer) : ""};
     }
     return {};
 }
 
-// All or nothing. The holding may be moved afterwards: the tables point to its uses, which stay where they are.
+// All or nothing. The holding may be moved afterwards: the tables point to its uses, which stay where they
+// are.
 void BusyTable::Index::add(const Claim& claim, const Holding& holding) {
     for (const Use& use : holding.uses) slots[use.arena].reserve(holding.uses.size());
     if (!holding.addresses.empty()) irregular.push_back(&claim);
@@ -154,7 +166,8 @@ void BusyTable::rebuild() {
 
 void BusyTable::add_pool(const PoolShape* pool) {
     const std::lock_guard lock(mutex_);
-    if (std::find(pools_.begin(), pools_.end(), pool) != pools_.end()) throw std::logic_error("this pool was added before");
+    if (std::find(pools_.begin(), pools_.end(), pool) != pools_.end())
+        throw std::logic_error("this pool was added before");
     const auto pools = pools_, leaving = leaving_;
     try {
         pools_.push_back(pool);
@@ -171,8 +184,10 @@ void BusyTable::remove_pool(const PoolShape* pool) {
     const std::lock_guard lock(mutex_);
     const auto at = std::find(pools_.begin(), pools_.end(), pool);
     if (at == pools_.end()) return;
-    if (in_use(pool)) leaving_.push_back(pool);
-    else index_->map.forget(pool);
+    if (in_use(pool))
+        leaving_.push_back(pool);
+    else
+        index_->map.forget(pool);
     pools_.erase(at);
     try {
         rebuild();
@@ -187,7 +202,8 @@ BusyTable::Conflict BusyTable::claim(std::uint64_t owner, std::shared_ptr<const 
     if (std::find(pools_.begin(), pools_.end(), pool) == pools_.end())
         throw std::logic_error("the pool of this transfer is not registered, or closed");
     auto fresh = std::make_unique<Claim>(Claim{owner, std::move(plan), {}});
-    if (auto conflict = hold(index_->map, *index_->map.find(pool), owner, *fresh->plan, fresh->holding)) return conflict;
+    if (auto conflict = hold(index_->map, *index_->map.find(pool), owner, *fresh->plan, fresh->holding))
+        return conflict;
     auto conflict = index_->find_by_slot(*fresh);
     if (!conflict) conflict = index_->find_by_address(*fresh);
     if (conflict) return conflict;

@@ -1,15 +1,18 @@
 // Destination bytes in use: a byte is the destination of one transfer at a time.
 //
 // Here: claims of whole transfers, all or nothing, and who stands in the way of one.
-// Not here: source bytes (any number of transfers may read a block), what a conflict means to the user (engine, bindings).
-// Invariant: no two live claims share a byte, and no claim holds a byte twice, whichever pools or layers name it.
+// Not here: source bytes (any number of transfers may read a block), what a conflict means to the user
+// (engine, bindings).
+// Invariant: no two live claims share a byte, and no claim holds a byte twice, whichever pools or layers name
+// it.
 //
-// Theory of operation. Groups whose memory may share bytes form an arena (arena.hpp); a group that shares with none is an
-// arena of its own. In a *regular* arena two parts of layers are either the same strided memory or share no byte, so two
-// pieces overlap if and only if id, column (the same strided memory) and heads do. A claim then costs one table entry
-// per id, whatever the number of layers. In an *irregular* arena (views of other strides on the same memory) a claim keeps the
-// sorted addresses of its bytes instead, which costs more and is right for any strides.
-// Adding a pool sorts the groups into arenas anew and lays the live claims out again, so a group may change tier under way.
+// Theory of operation. Groups whose memory may share bytes form an arena (arena.hpp); a group that shares
+// with none is an arena of its own. In a *regular* arena two parts of layers are either the same strided
+// memory or share no byte, so two pieces overlap if and only if id, column (the same strided memory) and
+// heads do. A claim then costs one table entry per id, whatever the number of layers. In an *irregular* arena
+// (views of other strides on the same memory) a claim keeps the sorted addresses of its bytes instead, which
+// costs more and is right for any strides. Adding a pool sorts the groups into arenas anew and lays the live
+// claims out again, so a group may change tier under way.
 #pragma once
 
 #include <cstdint>
@@ -44,8 +47,8 @@ class BusyTable {
     // Claims on the pool stay in force until they are released.
     void remove_pool(const PoolShape* pool);
 
-    // Throws std::logic_error if the plan's pool was not added or has been removed, std::length_error if an irregular claim
-    // has more than 64 Mi runs.
+    // Throws std::logic_error if the plan's pool was not added or has been removed, std::length_error if an
+    // irregular claim has more than 64 Mi runs.
     Conflict claim(std::uint64_t owner, std::shared_ptr<const StreamPlan> plan);
     // Everything that this owner has claimed; nothing if it has claimed nothing.
     void release(std::uint64_t owner) noexcept;

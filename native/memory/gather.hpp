@@ -1,4 +1,5 @@
-// Copies between scattered runs and one contiguous buffer: the staging of pieces too small for a descriptor each.
+// Copies between scattered runs and one contiguous buffer: the staging of pieces too small for a descriptor
+// each.
 //
 // Here: gather and scatter. Not here: which runs (plan.hpp), or when (backends).
 // Invariant: exactly the bytes of the runs are touched, in order. Buffer and runs don't overlap.

@@ -1,4 +1,5 @@
-// From ranges of a plan's stream to blocks: what errors and results report. Cold: runs once, when a transfer ends.
+// From ranges of a plan's stream to blocks: what errors and results report. Cold: runs once, when a transfer
+// ends.
 #include <algorithm>
 #include <unordered_set>
 
@@ -78,7 +79,8 @@ std::vector<BlockOutcome> StreamPlan::outcome(const std::vector<StreamRange>& ve
     return outcomes;
 }
 
-bool StreamPlan::piece_sealed(std::size_t i, std::uint64_t position, const std::vector<StreamRange>& verified) const {
+bool StreamPlan::piece_sealed(std::size_t i, std::uint64_t position,
+                              const std::vector<StreamRange>& verified) const {
     const StreamRange range = piece(i, position);
     return covered(verified, range.begin, range.end);
 }
@@ -88,7 +90,8 @@ bool StreamPlan::layer_sealed(std::size_t i, const std::vector<StreamRange>& ver
 }
 
 bool covered(const std::vector<StreamRange>& sorted, std::uint64_t begin, std::uint64_t end) {
-    auto next = std::partition_point(sorted.begin(), sorted.end(), [=](const StreamRange& r) { return r.end <= begin; });
+    auto next = std::partition_point(sorted.begin(), sorted.end(),
+                                     [=](const StreamRange& r) { return r.end <= begin; });
     for (; begin < end; begin = next++->end)
         if (next == sorted.end() || next->begin > begin) return false;
     return true;

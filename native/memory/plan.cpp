@@ -1,4 +1,5 @@
-// The stream of a transfer, computed from its ids when asked for. Questions about blocks are answered in outcome.cpp.
+// The stream of a transfer, computed from its ids when asked for. Questions about blocks are answered in
+// outcome.cpp.
 #include "memory/plan.hpp"
 
 #include <algorithm>
@@ -10,7 +11,8 @@ namespace {
 
 std::uintptr_t address_of(const Part& part, std::uint32_t id, std::int64_t offset) {
     // Modulo 2^64, as addresses are: the shape has checked that the sum is one.
-    return part.base + id * static_cast<std::uint64_t>(part.block_stride) + static_cast<std::uint64_t>(offset);
+    return part.base + id * static_cast<std::uint64_t>(part.block_stride) +
+           static_cast<std::uint64_t>(offset);
 }
 
 }  // namespace
@@ -42,8 +44,8 @@ StreamPlan::StreamPlan(std::shared_ptr<const PoolShape> shape, std::vector<std::
                        std::vector<std::shared_ptr<const Ids>> ids_by_group, Heads heads)
     : shape_(std::move(shape)), ids_by_group_(std::move(ids_by_group)), heads_(heads) {
     if (ids_by_group_.size() != shape_->groups().size())
-        throw std::invalid_argument("block ids for " + std::to_string(ids_by_group_.size()) + " groups, the pool has " +
-                                    std::to_string(shape_->groups().size()));
+        throw std::invalid_argument("block ids for " + std::to_string(ids_by_group_.size()) +
+                                    " groups, the pool has " + std::to_string(shape_->groups().size()));
     check_ids();
     lay_out(layers);
 }
@@ -53,12 +55,14 @@ void StreamPlan::check_ids() const {
         const Ids& list = ids(g);
         const std::uint64_t num_blocks = shape_->groups()[g].num_blocks;
         std::uint32_t largest = 0;
-        for (const std::uint32_t id : list) largest = std::max(largest, id);  // one pass without a branch; whose it is comes later
+        for (const std::uint32_t id : list)
+            largest = std::max(largest, id);  // one pass without a branch; whose it is comes later
         if (list.empty() || largest < num_blocks) continue;
-        const auto bad = std::find_if(list.begin(), list.end(), [=](std::uint32_t id) { return id >= num_blocks; });
-        throw std::out_of_range("group '" + shape_->groups()[g].name + "' has no block " + std::to_string(*bad) +
-                                " (position " + std::to_string(bad - list.begin()) + "): it has num_blocks=" +
-                                std::to_string(num_blocks));
+        const auto bad = std::find_if(list.begin(), list.end(),
+                                      [=](std::uint32_t id) { return id >= num_blocks; });
+        throw std::out_of_range("group '" + shape_->groups()[g].name + "' has no block " +
+                                std::to_string(*bad) + " (position " + std::to_string(bad - list.begin()) +
+                                "): it has num_blocks=" + std::to_string(num_blocks));
     }
 }
 
@@ -70,11 +74,13 @@ void StreamPlan::lay_out(const std::vector<std::uint32_t>& layers) {
             throw std::out_of_range("the pool has no layer " + std::to_string(index) + ": it has " +
                                     std::to_string(shape_->layers().size()));
         const Layer& layer = shape_->layers()[index];
-        if (patterns_.empty() || shape_->layer_class(index) != last_class) patterns_.push_back(shape_->pattern(index, heads_));
+        if (patterns_.empty() || shape_->layer_class(index) != last_class)
+            patterns_.push_back(shape_->pattern(index, heads_));
         last_class = shape_->layer_class(index);
         const Pattern& pattern = *patterns_.back();
         const Ids& list = ids(layer.group);
-        rows_.push_back({nbytes_, pattern.nbytes, list.size(), list.data(), &pattern, layer.parts.data(), index});
+        rows_.push_back(
+            {nbytes_, pattern.nbytes, list.size(), list.data(), &pattern, layer.parts.data(), index});
         count_up(rows_.back());
     }
     std::vector<bool> used(ids_by_group_.size());
@@ -83,7 +89,8 @@ void StreamPlan::lay_out(const std::vector<std::uint32_t>& layers) {
 }
 
 void StreamPlan::count_up(const Row& row) {
-    pieces_ += row.positions;  // at most 2^32 layers of as many ids as fit memory: can't wrap before it is refused
+    pieces_ +=
+        row.positions;  // at most 2^32 layers of as many ids as fit memory: can't wrap before it is refused
     if (row.positions > kMaxPieces || pieces_ > kMaxPieces)
         throw std::length_error("more than " + std::to_string(kMaxPieces) +
                                 " pieces (layers x blocks) in one transfer: split it");
@@ -123,7 +130,8 @@ std::size_t StreamPlan::layer_at(std::uint64_t offset) const {
     return static_cast<std::size_t>(after - rows_.begin()) - 1;
 }
 
-std::uint64_t StreamPlan::runs(std::uint64_t begin, std::uint64_t end, iovec* out, std::size_t max, std::size_t& count) const {
+std::uint64_t StreamPlan::runs(std::uint64_t begin, std::uint64_t end, iovec* out, std::size_t max,
+                               std::size_t& count) const {
     Writer writer(out, max);
     end = std::min(end, nbytes_);
     for (std::size_t i = layer_at(begin); begin < end; ++i) {
@@ -131,7 +139,9 @@ std::uint64_t StreamPlan::runs(std::uint64_t begin, std::uint64_t end, iovec* ou
         const std::uint64_t stop = std::min(end, layer_end(i)) - row.begin;
         const bool one = row.pattern->segments.size() == 1;
         const std::uint64_t at = begin - row.begin;
-        const std::uint64_t reached = at == stop ? stop : one ? walk_one(row, at, stop, writer) : walk_many(row, at, stop, writer);
+        const std::uint64_t reached = at == stop ? stop
+                                      : one      ? walk_one(row, at, stop, writer)
+                                                 : walk_many(row, at, stop, writer);
         begin = row.begin + reached;
         if (reached != stop) break;
     }
@@ -157,13 +167,16 @@ std::uint64_t StreamPlan::walk_many(const Row& row, std::uint64_t at, std::uint6
     const auto& segments = row.pattern->segments;
     const auto& starts = row.pattern->starts;
     std::uint64_t within = at % row.piece_nbytes;
-    auto k = static_cast<std::size_t>(std::upper_bound(starts.begin(), starts.end(), within) - starts.begin()) - 1;
+    auto k = static_cast<std::size_t>(std::upper_bound(starts.begin(), starts.end(), within) -
+                                      starts.begin()) -
+             1;
     within -= starts[k];
     for (const std::uint32_t* id = row.ids + at / row.piece_nbytes; at < stop; ++id, k = 0)
         for (; k != segments.size() && at < stop; ++k) {
             const Segment& segment = segments[k];
             const std::uint64_t nbytes = std::min(segment.nbytes - within, stop - at);
-            if (!writer.put(address_of(row.parts[segment.part], *id, segment.offset) + within, nbytes)) return at;
+            if (!writer.put(address_of(row.parts[segment.part], *id, segment.offset) + within, nbytes))
+                return at;
             at += nbytes;
             within = 0;
         }

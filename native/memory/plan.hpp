@@ -1,10 +1,10 @@
 // The byte stream of one transfer, mapped to memory.
 //
-// Here: the order of the stream (layers as listed, then ids by position, then the segments of a piece), its cutting into
-// runs, and which blocks a range of it belongs to.
+// Here: the order of the stream (layers as listed, then ids by position, then the segments of a piece), its
+// cutting into runs, and which blocks a range of it belongs to.
 // Not here: where a block lies (shape.hpp), who else writes there (busy.hpp), moving bytes (backends).
-// Invariant: a plan that exists names only blocks that its pool has; it never changes and threads share it freely. It keeps
-// nothing per piece: a run's address is computed when it is asked for.
+// Invariant: a plan that exists names only blocks that its pool has; it never changes and threads share it
+// freely. It keeps nothing per piece: a run's address is computed when it is asked for.
 #pragma once
 
 #include <sys/uio.h>
@@ -36,7 +36,8 @@ struct GroupBlocks {
     Ids ids;
 };
 
-// What became of each block of one group: sealed when all pieces of it, in all layers of the transfer, are verified.
+// What became of each block of one group: sealed when all pieces of it, in all layers of the transfer, are
+// verified.
 struct BlockOutcome {
     std::string group;
     std::vector<std::uint32_t> sealed, poisoned;
@@ -44,9 +45,10 @@ struct BlockOutcome {
 
 class StreamPlan {
   public:
-    // ids_by_group has an entry for each group of the pool; null or empty: no blocks of it.
-    // Throws std::out_of_range (an id or a layer that the pool lacks), std::length_error (more than kMaxPieces, or bytes that
-    // don't fit 63 bits), std::invalid_argument (heads that a layer lacks, or a wrong number of id lists).
+    // ids_by_group has an entry for each group of the pool; null or empty: no blocks of it. Throws
+    // std::out_of_range (an id or a layer that the pool lacks), std::length_error (more than kMaxPieces, or
+    // bytes that don't fit 63 bits), std::invalid_argument (heads that a layer lacks, or a wrong number of id
+    // lists).
     StreamPlan(std::shared_ptr<const PoolShape> shape, std::vector<std::uint32_t> layers,
                std::vector<std::shared_ptr<const Ids>> ids_by_group, Heads heads);
     StreamPlan(const StreamPlan&) = default;
@@ -56,11 +58,14 @@ class StreamPlan {
 
     std::uint64_t nbytes() const { return nbytes_; }
     std::uint64_t pieces() const { return pieces_; }
-    std::uint64_t blocks() const { return blocks_; }  // positions, summed over the groups that have a layer here
+    // Positions, summed over the groups that have a layer here.
+    std::uint64_t blocks() const { return blocks_; }
     std::size_t layer_count() const { return rows_.size(); }
     std::uint32_t layer(std::size_t i) const { return rows_[i].layer; }
     std::uint64_t layer_begin(std::size_t i) const { return rows_[i].begin; }
-    std::uint64_t layer_end(std::size_t i) const { return rows_[i].begin + rows_[i].piece_nbytes * rows_[i].positions; }
+    std::uint64_t layer_end(std::size_t i) const {
+        return rows_[i].begin + rows_[i].piece_nbytes * rows_[i].positions;
+    }
     // The index i of the layer that holds this offset; layer_count() past the end.
     std::size_t layer_at(std::uint64_t offset) const;
 
@@ -73,9 +78,11 @@ class StreamPlan {
     Heads heads() const { return heads_; }
     const Ids& ids(std::uint32_t group) const;  // empty if none
 
-    // Fills out[0 ... max) with the memory of the stream from `begin`, adjacent runs merged; stops at `end` (or the stream's end)
-    // or when another run would not fit. Returns the offset reached; `count` says how many runs were written. Random access.
-    std::uint64_t runs(std::uint64_t begin, std::uint64_t end, iovec* out, std::size_t max, std::size_t& count) const;
+    // Fills out[0 ... max) with the memory of the stream from `begin`, adjacent runs merged; stops at `end`
+    // (or the stream's end) or when another run would not fit. Returns the offset reached; `count` says how
+    // many runs were written. Random access.
+    std::uint64_t runs(std::uint64_t begin, std::uint64_t end, iovec* out, std::size_t max,
+                       std::size_t& count) const;
 
     // The same ids and heads, other layers or another order of them.
     StreamPlan reordered(const std::vector<std::uint32_t>& layers) const;
@@ -83,7 +90,8 @@ class StreamPlan {
     // The blocks that have a byte in [begin, end), by group; groups without one are left out.
     std::vector<GroupBlocks> blocks_touching(std::uint64_t begin, std::uint64_t end) const;
 
-    // What the verified ranges (sorted, none overlapping another; they may touch) make of every block, by group.
+    // What the verified ranges (sorted, none overlapping another; they may touch) make of every block, by
+    // group.
     std::vector<BlockOutcome> outcome(const std::vector<StreamRange>& verified) const;
     bool piece_sealed(std::size_t i, std::uint64_t position, const std::vector<StreamRange>& verified) const;
     bool layer_sealed(std::size_t i, const std::vector<StreamRange>& verified) const;

@@ -62,19 +62,21 @@ void append_all(std::vector<Segment>& segments, const Walk& walk, std::uint32_t 
     }
 }
 
-void append_part(std::vector<Segment>& segments, const Part& part, std::uint32_t index, std::int64_t shift, Heads heads) {
+void append_part(std::vector<Segment>& segments, const Part& part, std::uint32_t index, std::int64_t shift,
+                 Heads heads) {
     const Walk walk = reduce(part, heads);
     std::uint64_t count = 1;
     for (const Axis& axis : walk.axes) {
         if (axis.count > kMaxSegments / count)
-            throw std::invalid_argument("a block is scattered over more than " + std::to_string(kMaxSegments) + " places");
+            throw std::invalid_argument("a block is scattered over more than " +
+                                        std::to_string(kMaxSegments) + " places");
         count *= axis.count;
     }
     append_all(segments, walk, index, shift);
 }
 
-// Where part 0's blocks and this part's lie side by side (one array with a K/V axis), the distance between them: then both
-// are counted from part 0, and K and V of a block may turn out to be one segment.
+// Where part 0's blocks and this part's lie side by side (one array with a K/V axis), the distance between
+// them: then both are counted from part 0, and K and V of a block may turn out to be one segment.
 std::optional<std::int64_t> distance(const Part& first, const Part& part) {
     const auto shift = static_cast<std::int64_t>(part.base - first.base);
     const auto limit = first.block_stride < 0 ? -first.block_stride : first.block_stride;
@@ -98,7 +100,8 @@ Pattern make_pattern(const Layer& layer, Heads heads) {
         const auto shift = distance(layer.parts[0], layer.parts[i]);
         append_part(pattern.segments, layer.parts[i], shift ? 0 : i, shift.value_or(0), heads);
         if (pattern.segments.size() > kMaxSegments)
-            throw std::invalid_argument("a block is scattered over more than " + std::to_string(kMaxSegments) + " places");
+            throw std::invalid_argument("a block is scattered over more than " +
+                                        std::to_string(kMaxSegments) + " places");
     }
     pattern.starts.reserve(pattern.segments.size());
     for (const Segment& segment : pattern.segments) {
@@ -129,26 +132,30 @@ PoolShape::PoolShape(std::vector<Group> groups, std::vector<Layer> layers, bool 
 void PoolShape::classify() {
     std::vector<std::uint32_t> first_of_class;
     for (std::uint32_t i = 0; i < layers_.size(); ++i) {
-        const auto same = std::find_if(first_of_class.begin(), first_of_class.end(), [&](std::uint32_t j) {
-            return same_class(layers_[i], layers_[j]);
-        });
+        const auto same = std::find_if(first_of_class.begin(), first_of_class.end(),
+                                       [&](std::uint32_t j) { return same_class(layers_[i], layers_[j]); });
         class_of_.push_back(static_cast<std::uint32_t>(same - first_of_class.begin()));
         if (same == first_of_class.end()) first_of_class.push_back(i);
     }
 }
 
-std::string PoolShape::describe_layer(std::uint32_t layer) const { return memory::describe_layer(layers_, named_, layer); }
+std::string PoolShape::describe_layer(std::uint32_t layer) const {
+    return memory::describe_layer(layers_, named_, layer);
+}
 
 Heads PoolShape::canonical(std::uint32_t layer, Heads heads) const {
     if (heads.all) return Heads::every();
     const Layer& named = layers_[layer];
     const std::uint64_t have = groups_[named.group].num_heads;
-    const bool sliceable = std::all_of(named.parts.begin(), named.parts.end(), [](const Part& p) { return p.head_axis >= 0; });
-    if (!sliceable) throw std::invalid_argument(describe_layer(layer) + " has no KV heads to take a slice of");
+    const bool sliceable = std::all_of(named.parts.begin(), named.parts.end(),
+                                       [](const Part& p) { return p.head_axis >= 0; });
+    if (!sliceable)
+        throw std::invalid_argument(describe_layer(layer) + " has no KV heads to take a slice of");
     if (heads.count == 0 || heads.begin >= have || heads.count > have - heads.begin)
         throw std::invalid_argument("heads " + std::to_string(heads.begin) + " to " +
-                                    std::to_string(std::uint64_t{heads.begin} + heads.count) + " (exclusive) of " +
-                                    describe_layer(layer) + ": it has " + std::to_string(have) + " KV heads");
+                                    std::to_string(std::uint64_t{heads.begin} + heads.count) +
+                                    " (exclusive) of " + describe_layer(layer) + ": it has " +
+                                    std::to_string(have) + " KV heads");
     return heads.count == have ? Heads::every() : heads;
 }
 
@@ -173,18 +180,22 @@ std::shared_ptr<const Pattern> PoolShape::pattern(std::uint32_t layer, Heads hea
     return made;
 }
 
-std::uint64_t PoolShape::piece_nbytes(std::uint32_t layer, Heads heads) const { return pattern(layer, heads)->nbytes; }
+std::uint64_t PoolShape::piece_nbytes(std::uint32_t layer, Heads heads) const {
+    return pattern(layer, heads)->nbytes;
+}
 
 Extent PoolShape::extent(std::uint32_t layer, std::uint32_t part) const {
     const Layer& of = layers_.at(layer);
     return part_extent(of.parts.at(part), groups_[of.group].num_blocks);
 }
 
-void PoolShape::require_within(std::uint32_t layer, std::uint32_t part, std::uintptr_t base, std::uint64_t nbytes) const {
+void PoolShape::require_within(std::uint32_t layer, std::uint32_t part, std::uintptr_t base,
+                               std::uint64_t nbytes) const {
     const Extent has = extent(layer, part);
     const std::uint64_t needs = has.end - has.begin;
     if (has.begin >= base && needs <= nbytes && has.begin - base <= nbytes - needs) return;
-    throw std::invalid_argument(describe_layer(layer) + ": its blocks reach beyond the array that holds them (" +
+    throw std::invalid_argument(describe_layer(layer) +
+                                ": its blocks reach beyond the array that holds them (" +
                                 std::to_string(nbytes) + " bytes)");
 }
 

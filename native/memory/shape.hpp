@@ -1,10 +1,11 @@
 // The shape of a pool's memory: where the bytes of a block lie, as numbers.
 //
-// Here: groups of layers, the strided parts that make up a layer's blocks, and the contiguous segments of one piece
-// (a piece is one block of one layer), for all heads or a slice of them.
-// Not here: who owns the memory, what may be read (this never touches a byte), how pieces follow each other (plan.hpp).
-// Invariant: a PoolShape that exists is sound. No address of any of its blocks overflows, no array's block covers a
-// byte twice, every count fits its type. It never changes, so threads share it freely.
+// Here: groups of layers, the strided parts that make up a layer's blocks, and the contiguous segments of one
+// piece (a piece is one block of one layer), for all heads or a slice of them.
+// Not here: who owns the memory, what may be read (this never touches a byte), how pieces follow each other
+// (plan.hpp).
+// Invariant: a PoolShape that exists is sound. No address of any of its blocks overflows, no array's block
+// covers a byte twice, every count fits its type. It never changes, so threads share it freely.
 #pragma once
 
 #include <cstddef>
@@ -31,9 +32,9 @@ struct Axis {
 struct Part {
     std::uintptr_t base;        // address of block 0's first element
     std::int64_t block_stride;  // bytes from a block to the next (may be negative)
-    std::vector<Axis> axes;     // of one block, outermost first, in stream order; empty: a block is one element
-    std::uint64_t itemsize;     // bytes of the innermost element
-    int head_axis = -1;         // which of `axes` counts KV heads; -1: none
+    std::vector<Axis> axes;  // of one block, outermost first, in stream order; empty: a block is one element
+    std::uint64_t itemsize;  // bytes of the innermost element
+    int head_axis = -1;      // which of `axes` counts KV heads; -1: none
     friend bool operator==(const Part&, const Part&) = default;
 };
 
@@ -61,7 +62,8 @@ struct Segment {
     friend bool operator==(const Segment&, const Segment&) = default;
 };
 
-// All bytes of a piece in stream order, neighbours merged. starts[i] is where segments[i] begins in the piece's stream.
+// All bytes of a piece in stream order, neighbours merged. starts[i] is where segments[i] begins in the
+// piece's stream.
 struct Pattern {
     std::vector<Segment> segments;
     std::vector<std::uint64_t> starts;
@@ -93,14 +95,17 @@ class PoolShape {
     // Layers of one class have equal patterns (their bases may differ); classes count from 0.
     std::uint32_t layer_class(std::uint32_t layer) const { return class_of_.at(layer); }
 
-    // Cached. Throws std::invalid_argument if the layer has no such heads or the slice has more than kMaxSegments.
+    // Cached. Throws std::invalid_argument if the layer has no such heads or the slice has more than
+    // kMaxSegments.
     std::shared_ptr<const Pattern> pattern(std::uint32_t layer, Heads heads) const;
     std::uint64_t piece_nbytes(std::uint32_t layer, Heads heads) const;
 
     // The addresses that any block of this part may touch.
     Extent extent(std::uint32_t layer, std::uint32_t part) const;
-    // Throws std::invalid_argument unless that extent lies within [base, base + nbytes): the array that the user registered.
-    void require_within(std::uint32_t layer, std::uint32_t part, std::uintptr_t base, std::uint64_t nbytes) const;
+    // Throws std::invalid_argument unless that extent lies within [base, base + nbytes): the array that the
+    // user registered.
+    void require_within(std::uint32_t layer, std::uint32_t part, std::uintptr_t base,
+                        std::uint64_t nbytes) const;
 
     // "layer 'model.3'", or "layer 3" in a pool whose layers have no names.
     std::string describe_layer(std::uint32_t layer) const;
@@ -119,8 +124,8 @@ class PoolShape {
     mutable std::uint64_t cached_segments_ = 0;
 };
 
-// The segments of one part alone (their `part` is `index`, their offsets relative to that part's base), merged.
-// Throws std::invalid_argument if there are more than kMaxSegments.
+// The segments of one part alone (their `part` is `index`, their offsets relative to that part's base),
+// merged. Throws std::invalid_argument if there are more than kMaxSegments.
 std::vector<Segment> part_segments(const Part& part, std::uint32_t index, Heads heads);
 
 }  // namespace kvt::memory

@@ -9,10 +9,12 @@
 namespace kvt::memory {
 namespace {
 
-__extension__ typedef __int128 Wide;  // an extension that both compilers have, which -Wpedantic would point out
+__extension__ typedef __int128
+    Wide;  // an extension that both compilers have, which -Wpedantic would point out
 
 constexpr Wide kEndOfMemory = Wide{1} << 64;
-constexpr Wide kMaxOffset = Wide{1} << 62;  // within a block, and from a block to the next: so that int64 holds sums of two
+constexpr Wide kMaxOffset =
+    Wide{1} << 62;  // within a block, and from a block to the next: so that int64 holds sums of two
 constexpr std::uint64_t kMaxBlocks = std::uint64_t{1} << 32;  // ids have 32 bits
 constexpr std::uint64_t kMaxCount = std::uint64_t{1} << 32;   // of one axis
 constexpr std::size_t kMaxAxes = 16;
@@ -38,18 +40,21 @@ Span span_of_block(const Part& part) {
     return span;
 }
 
-// No element of a block may share a byte with another: such a destination would end up with whichever was written last. Strides
-// nest, each at least as long as all that lies within it; other layouts without overlap exist, but no one's tensors have them.
+// No element of a block may share a byte with another: such a destination would end up with whichever was
+// written last. Strides nest, each at least as long as all that lies within it; other layouts without overlap
+// exist, but no one's tensors have them.
 void check_no_overlap(const Part& part) {
     std::vector<std::pair<std::uint64_t, std::uint64_t>> axes;  // length of stride, count
     for (const Axis& axis : part.axes) {
         const auto stride = static_cast<std::uint64_t>(axis.stride);
-        if (axis.count > 1) axes.emplace_back(axis.stride < 0 ? std::uint64_t{0} - stride : stride, axis.count);
+        if (axis.count > 1)
+            axes.emplace_back(axis.stride < 0 ? std::uint64_t{0} - stride : stride, axis.count);
     }
     std::sort(axes.begin(), axes.end());
     Wide inside = part.itemsize;
     for (const auto& [stride, count] : axes) {
-        if (Wide{stride} < inside) refuse("elements of one block overlap (a stride is shorter than what it steps over)");
+        if (Wide{stride} < inside)
+            refuse("elements of one block overlap (a stride is shorter than what it steps over)");
         inside += Wide{count - 1} * Wide{stride};
     }
 }
@@ -65,9 +70,11 @@ void check_part(const Part& part, const Group& group) {
         if (nbytes > kMaxPieceBytes) break;
     }
     if (nbytes > kMaxPieceBytes) refuse("a block has more than 2^48 bytes");
-    if (part.head_axis < -1 || part.head_axis >= static_cast<int>(part.axes.size())) refuse("head_axis names no axis of a block");
+    if (part.head_axis < -1 || part.head_axis >= static_cast<int>(part.axes.size()))
+        refuse("head_axis names no axis of a block");
     if (part.head_axis >= 0 && part.axes[static_cast<std::size_t>(part.head_axis)].count != group.num_heads)
-        refuse("its head axis has " + std::to_string(part.axes[static_cast<std::size_t>(part.head_axis)].count) +
+        refuse("its head axis has " +
+               std::to_string(part.axes[static_cast<std::size_t>(part.head_axis)].count) +
                " heads, its group " + std::to_string(group.num_heads));
     part_extent(part, group.num_blocks);
     check_no_overlap(part);
@@ -80,13 +87,15 @@ void check_groups(const std::vector<Group>& groups) {
         if (!names.insert(group.name).second) refuse("two groups are named '" + group.name + "'");
         if (group.num_blocks == 0) refuse("group '" + group.name + "' has no blocks");
         if (group.num_blocks > kMaxBlocks) refuse("group '" + group.name + "' has more than 2^32 blocks");
-        if (group.num_heads > kMaxCount - 1) refuse("group '" + group.name + "' has more than 2^32 - 1 heads");
+        if (group.num_heads > kMaxCount - 1)
+            refuse("group '" + group.name + "' has more than 2^32 - 1 heads");
     }
 }
 
 void check_layer(const Layer& layer, const std::vector<Group>& groups) {
-    if (layer.group >= groups.size()) refuse("it names group " + std::to_string(layer.group) + ", the pool has " +
-                                             std::to_string(groups.size()));
+    if (layer.group >= groups.size())
+        refuse("it names group " + std::to_string(layer.group) + ", the pool has " +
+               std::to_string(groups.size()));
     if (layer.parts.empty()) refuse("it has no arrays");
     if (layer.parts.size() > kMaxAxes) refuse("it has more than " + std::to_string(kMaxAxes) + " arrays");
     for (const Part& part : layer.parts) check_part(part, groups[layer.group]);
@@ -100,7 +109,8 @@ void check_shape(const std::vector<Group>& groups, const std::vector<Layer>& lay
     if (layers.size() > kMaxCount - 1) refuse("a pool has more than 2^32 - 1 layers");
     std::set<std::string> names;
     for (std::uint32_t i = 0; i < layers.size(); ++i) {
-        if (named && !names.insert(layers[i].name).second) refuse("two layers are named '" + layers[i].name + "'");
+        if (named && !names.insert(layers[i].name).second)
+            refuse("two layers are named '" + layers[i].name + "'");
         try {
             check_layer(layers[i], groups);
         } catch (const std::invalid_argument& error) {
@@ -110,7 +120,8 @@ void check_shape(const std::vector<Group>& groups, const std::vector<Layer>& lay
 }
 
 Extent part_extent(const Part& part, std::uint64_t num_blocks) {
-    if (part.block_stride < -kMaxOffset || part.block_stride > kMaxOffset) refuse("a block stride of more than 2^62 bytes");
+    if (part.block_stride < -kMaxOffset || part.block_stride > kMaxOffset)
+        refuse("a block stride of more than 2^62 bytes");
     Span span = span_of_block(part);
     span.add(num_blocks, part.block_stride);
     const Wide begin = Wide{part.base} + span.low, end = Wide{part.base} + span.high;

@@ -12,7 +12,9 @@ bool overlap(const Heads& a, const Heads& b) {
 }
 
 // Whether the two share bytes of any block that both name.
-bool rivals(const Use& a, const Use& b) { return overlap(a.heads, b.heads) && a.columns.intersects(b.columns); }
+bool rivals(const Use& a, const Use& b) {
+    return overlap(a.heads, b.heads) && a.columns.intersects(b.columns);
+}
 
 }  // namespace
 

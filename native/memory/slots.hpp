@@ -45,7 +45,8 @@ class SlotTable {
         const Use* other;  // the new use itself: an id stands in it twice
         std::uint32_t id;
     };
-    // Whether `use` collides with itself, with `siblings` (later uses of this arena by the same claim) or with a live use.
+    // Whether `use` collides with itself, with `siblings` (later uses of this arena by the same claim) or
+    // with a live use.
     std::optional<Hit> find(const Use& use, const Use* siblings, std::size_t count);
 
     void reserve(std::size_t uses);  // so that as many calls of add() can't fail
@@ -54,7 +55,7 @@ class SlotTable {
 
   private:
     struct Slot {
-        std::uint32_t stamp;  // of the last use that was looked for here: finds doubles without clearing anything
+        std::uint32_t stamp;  // of the last use looked for here: finds doubles without clearing anything
         std::uint32_t count;
     };
     void allocate();
@@ -62,7 +63,8 @@ class SlotTable {
     std::optional<std::uint32_t> first_stamped(const Ids& ids, std::uint32_t stamp) const;
 
     std::uint64_t num_blocks_;
-    // By id, made by the first claim. From calloc, so that a pool of many small blocks costs the pages that claims have touched.
+    // By id, made by the first claim. From calloc, so that a pool of many small blocks costs the pages that
+    // claims have touched.
     std::unique_ptr<Slot[], decltype(&std::free)> slots_;
     std::uint32_t stamp_ = 0;
     std::vector<const Use*> live_;

@@ -32,9 +32,13 @@ Part hnd(std::uintptr_t base, std::int64_t block_stride = kPiece) {
     return {base, block_stride, {{kHeads, kTokens * kRow}, {kTokens, kRow}, {kRow / 2, 2}}, 2, 0};
 }
 
-Part nhd(std::uintptr_t base) { return {base, kPiece, {{kTokens, kHeads * kRow}, {kHeads, kRow}, {kRow / 2, 2}}, 2, 1}; }
+Part nhd(std::uintptr_t base) {
+    return {base, kPiece, {{kTokens, kHeads * kRow}, {kHeads, kRow}, {kRow / 2, 2}}, 2, 1};
+}
 
-Part opaque(std::uintptr_t base, std::uint64_t nbytes, std::int64_t stride) { return {base, stride, {}, nbytes, -1}; }
+Part opaque(std::uintptr_t base, std::uint64_t nbytes, std::int64_t stride) {
+    return {base, stride, {}, nbytes, -1};
+}
 
 Shape pool(std::vector<Group> groups, std::vector<Layer> layers) {
     return std::make_shared<const PoolShape>(std::move(groups), std::move(layers), true);
@@ -47,8 +51,8 @@ Shape pool_of(std::vector<Part> parts, std::uint64_t num_blocks = kBlocks, std::
     return pool({group("g", num_blocks, heads)}, std::move(layers));
 }
 
-std::shared_ptr<const StreamPlan> plan(const Shape& shape, std::vector<std::uint32_t> layers, std::vector<Ids> by_group,
-                                       Heads heads = Heads::every()) {
+std::shared_ptr<const StreamPlan> plan(const Shape& shape, std::vector<std::uint32_t> layers,
+                                       std::vector<Ids> by_group, Heads heads = Heads::every()) {
     std::vector<std::shared_ptr<const Ids>> lists;
     for (auto& list : by_group) lists.push_back(std::make_shared<const Ids>(std::move(list)));
     return std::make_shared<const StreamPlan>(shape, std::move(layers), std::move(lists), heads);
@@ -67,31 +71,50 @@ std::vector<bool> regular(const std::vector<Shape>& shapes) {
 
 TEST_CASE("arenas: what is regular") {
     const std::int64_t size = kPiece * kBlocks;
-    SUBCASE("a tensor for each layer") { CHECK(regular({pool_of({nhd(0x10000), nhd(0x10000 + size)})}) == std::vector{true}); }
+    SUBCASE("a tensor for each layer") {
+        CHECK(regular({pool_of({nhd(0x10000), nhd(0x10000 + size)})}) == std::vector{true});
+    }
     SUBCASE("all layers of a block together") {
-        CHECK(regular({pool_of({hnd(0x10000, 2 * kPiece), hnd(0x10000 + kPiece, 2 * kPiece)})}) == std::vector{true});
+        CHECK(regular({pool_of({hnd(0x10000, 2 * kPiece), hnd(0x10000 + kPiece, 2 * kPiece)})}) ==
+              std::vector{true});
     }
     SUBCASE("layers between the heads of a block") {
         const std::int64_t h = kTokens * kRow;
-        std::vector<Part> parts{hnd(0x10010, 2 * kPiece), hnd(static_cast<std::uintptr_t>(0x10010 + h), 2 * kPiece)};
+        std::vector<Part> parts{hnd(0x10010, 2 * kPiece),
+                                hnd(static_cast<std::uintptr_t>(0x10010 + h), 2 * kPiece)};
         for (auto& part : parts) part.axes[0].stride = 2 * h;
         CHECK(regular({pool_of(parts)}) == std::vector{true});
     }
     SUBCASE("groups that alias one storage, and one that does not") {
-        const auto shape = pool({group("a"), group("b", 8), group("c")},
-                                {{"a0", 0, {hnd(0x10000)}}, {"b0", 1, {hnd(0x10000)}}, {"c0", 2, {hnd(0x90000)}}});
+        const auto shape = pool(
+            {group("a"), group("b", 8), group("c")},
+            {{"a0", 0, {hnd(0x10000)}}, {"b0", 1, {hnd(0x10000)}}, {"c0", 2, {hnd(0x90000)}}});
         CHECK(regular({shape}) == std::vector{true, true});
         CHECK(ArenaMap({shape.get()}).arenas()[0].num_blocks == kBlocks);
     }
     SUBCASE("the same memory with other strides") {
-        CHECK(regular({pool_of({hnd(0x10000)}), pool_of({opaque(0x10000 + 2 * kPiece, 64, 64)}), pool_of({hnd(0x90000)})}) ==
-              std::vector{false, true});
+        CHECK(regular({pool_of({hnd(0x10000)}), pool_of({opaque(0x10000 + 2 * kPiece, 64, 64)}),
+                       pool_of({hnd(0x90000)})}) == std::vector{false, true});
     }
-    SUBCASE("blocks that overlap") { CHECK(regular({pool_of({opaque(0x10000, 64, 48)}, 4, 0)}) == std::vector{false}); }
+    SUBCASE("blocks that overlap") {
+        CHECK(regular({pool_of({opaque(0x10000, 64, 48)}, 4, 0)}) == std::vector{false});
+    }
+    SUBCASE("overlaps of one byte, and only over the end of a stride") {
+        CHECK(regular({pool_of({opaque(0x1000, 16, 64)}, 4, 0), pool_of({opaque(0x1010, 48, 64)}, 4, 0)}) ==
+              std::vector{true, true});
+        CHECK(regular({pool_of({opaque(0x1000, 17, 64)}, 4, 0), pool_of({opaque(0x1010, 48, 64)}, 4, 0)}) ==
+              std::vector{false});
+        CHECK(regular({pool_of({opaque(0x1030, 32, 64)}, 4, 0), pool_of({opaque(0x1050, 32, 64)}, 4, 0)}) ==
+              std::vector{true, true});
+        CHECK(regular({pool_of({opaque(0x1030, 33, 64)}, 4, 0), pool_of({opaque(0x1050, 32, 64)}, 4, 0)}) ==
+              std::vector{false});
+    }
     SUBCASE("the same memory, shifted by a block") {
         CHECK(regular({pool_of({hnd(0x10000)}), pool_of({hnd(0x10000 + kPiece)})}) == std::vector{false});
     }
-    SUBCASE("next to each other") { CHECK(regular({pool_of({hnd(0x10000)}), pool_of({hnd(0x10000 + size)})}) == std::vector{true, true}); }
+    SUBCASE("next to each other") {
+        CHECK(regular({pool_of({hnd(0x10000)}), pool_of({hnd(0x10000 + size)})}) == std::vector{true, true});
+    }
 }
 
 TEST_CASE("doubles within a call") {
@@ -106,7 +129,8 @@ TEST_CASE("doubles within a call") {
     CHECK(conflict.kind == Conflict::within_call);
     CHECK(conflict.layer == "l2");
     CHECK(busy.claim(1, plan(shape, {0, 0}, {{3}})).kind == Conflict::within_call);
-    CHECK(busy.claim(1, plan(shape, {0, 1}, {{3, 5}})).kind == Conflict::none);  // refused claims hold nothing
+    CHECK(busy.claim(1, plan(shape, {0, 1}, {{3, 5}})).kind ==
+          Conflict::none);  // refused claims hold nothing
 }
 
 TEST_CASE("claims in flight") {
@@ -129,6 +153,18 @@ TEST_CASE("claims in flight") {
     busy.release(4);
     busy.release(77);
     CHECK_FALSE(busy.claim(5, plan(shape, {0, 1}, {{0, 1, 2, 3, 4, 5, 9}})));
+}
+
+TEST_CASE("blocks that overlap by one byte") {
+    BusyTable busy;
+    const auto shape = pool_of({opaque(0x1000, 17, 16)}, 8, 0);
+    busy.add_pool(shape.get());
+    CHECK_FALSE(busy.claim(1, plan(shape, {0}, {{1, 3}})));
+    CHECK(busy.claim(2, plan(shape, {0}, {{2}})).owner == 1);
+    const auto conflict = busy.claim(2, plan(shape, {0}, {{6, 5}}));
+    CHECK(conflict.kind == Conflict::within_call);
+    CHECK((conflict.block_id == 5 || conflict.block_id == 6));
+    CHECK_FALSE(busy.claim(2, plan(shape, {0}, {{7, 5}})));
 }
 
 TEST_CASE("two sides that fill different heads of the same blocks") {
@@ -168,7 +204,8 @@ TEST_CASE("a pool that is added over live claims, and leaves again") {
     const auto first = pool_of({hnd(0x10000), hnd(0x90000)});
     busy.add_pool(first.get());
     CHECK_FALSE(busy.claim(1, plan(first, {0, 1}, {{1, 2}})));
-    const auto second = pool_of({opaque(0x10000 + kPiece - 64, 64, 64)}, 64, 0);  // its block 1 is where first's block 1 begins
+    const auto second = pool_of({opaque(0x10000 + kPiece - 64, 64, 64)}, 64,
+                                0);  // its block 1 is where first's block 1 begins
     busy.add_pool(second.get());
     CHECK_FALSE(busy.claim(2, plan(second, {0}, {{0}})));
     CHECK(busy.claim(3, plan(second, {0}, {{1}})).owner == 1);
@@ -207,8 +244,11 @@ std::multimap<std::uintptr_t, std::pair<std::uint32_t, std::string>> bytes_of(co
         for (std::uint64_t p = 0; p < of.positions(i); ++p)
             for (const Segment& s : pattern->segments)
                 for (std::uint64_t k = 0; k < s.nbytes; ++k)
-                    bytes.emplace(layer.parts[s.part].base + of.block_id(i, p) * static_cast<std::uint64_t>(layer.parts[s.part].block_stride) +
-                                      static_cast<std::uint64_t>(s.offset) + k, std::pair(of.block_id(i, p), layer.name));
+                    bytes.emplace(
+                        layer.parts[s.part].base +
+                            of.block_id(i, p) * static_cast<std::uint64_t>(layer.parts[s.part].block_stride) +
+                            static_cast<std::uint64_t>(s.offset) + k,
+                        std::pair(of.block_id(i, p), layer.name));
     }
     return bytes;
 }
@@ -220,14 +260,16 @@ struct Reference {
     bool agrees(const Conflict& said, const StreamPlan& of) const {
         const auto bytes = bytes_of(of);
         bool doubled = false;
-        for (auto at = bytes.begin(); at != bytes.end(); ++at) doubled = doubled || bytes.count(at->first) > 1;
+        for (auto at = bytes.begin(); at != bytes.end(); ++at)
+            doubled = doubled || bytes.count(at->first) > 1;
         if (doubled) return said.kind == Conflict::within_call;
         bool clash = false, named_rightly = false;
         for (const auto& [owner, taken] : live)
             for (const auto& [address, piece] : bytes)
                 if (taken.contains(address)) {
                     clash = true;
-                    named_rightly = named_rightly || (owner == said.owner && piece.first == said.block_id && piece.second == said.layer);
+                    named_rightly = named_rightly || (owner == said.owner && piece.first == said.block_id &&
+                                                      piece.second == said.layer);
                 }
         if (!clash) return said.kind == Conflict::none;
         return said.kind == Conflict::in_flight && named_rightly;
@@ -237,12 +279,15 @@ struct Reference {
     }
 };
 
-// Small parts in little memory, so that they often meet; strides and bases often equal, so that arenas are often regular.
+// Small parts in little memory, so that they often meet; strides and bases often equal, so that arenas are
+// often regular.
 Part random_part(std::mt19937_64& random, std::uint64_t heads) {
     const auto h = static_cast<std::int64_t>(heads);
     Part part{0x1000 + 4 * h * (random() % 4 ? 12 * (random() % 6) : random() % 30), 4 * h, {}, 2, 0};
-    if (random() % 2) part.axes = {{heads, 4}, {2, 2}};
-    else part.axes = {{2, 2 * h}, {heads, 2}}, part.head_axis = 1;
+    if (random() % 2)
+        part.axes = {{heads, 4}, {2, 2}};
+    else
+        part.axes = {{2, 2 * h}, {heads, 2}}, part.head_axis = 1;
     if (random() % 3 == 0) part.block_stride *= 2;
     if (random() % 6 == 0) part.base += 2;
     if (random() % 12 == 0) part.block_stride = -part.block_stride;
@@ -254,10 +299,13 @@ Part random_part(std::mt19937_64& random, std::uint64_t heads) {
 Shape random_pool(std::mt19937_64& random, const std::vector<Shape>& others) {
     const std::uint64_t heads = 1 + random() % 3;
     std::vector<Group> groups;
-    for (std::uint64_t g = 0; g < 1 + random() % 2; ++g) groups.push_back(group("g" + std::to_string(g), 3 + random() % 5, heads));
+    for (std::uint64_t g = 0; g < 1 + random() % 2; ++g)
+        groups.push_back(group("g" + std::to_string(g), 3 + random() % 5, heads));
     std::vector<Layer> layers;
     for (std::uint64_t l = 0; l < 1 + random() % 4; ++l) {
-        Layer layer{"l" + std::to_string(l), static_cast<std::uint32_t>(random() % groups.size()), {random_part(random, heads)}};
+        Layer layer{"l" + std::to_string(l),
+                    static_cast<std::uint32_t>(random() % groups.size()),
+                    {random_part(random, heads)}};
         if (random() % 4 == 0) layer.parts.push_back(random_part(random, heads));
         if (!layers.empty() && random() % 3 == 0) layer.parts = layers[random() % layers.size()].parts;
         if (!others.empty() && random() % 4 == 0) {
@@ -283,8 +331,10 @@ std::shared_ptr<const StreamPlan> random_plan(std::mt19937_64& random, const Sha
         if (all.size() == 2 && random() % 16 == 0) all[1] = all[0];
         by_group.push_back(all);
     }
-    const auto heads = static_cast<std::uint32_t>(shape->groups()[0].num_heads), first = static_cast<std::uint32_t>(random() % heads);
-    return plan(shape, layers, by_group, {first, 1 + static_cast<std::uint32_t>(random() % (heads - first)), random() % 3 == 0});
+    const auto heads = static_cast<std::uint32_t>(shape->groups()[0].num_heads),
+               first = static_cast<std::uint32_t>(random() % heads);
+    return plan(shape, layers, by_group,
+                {first, 1 + static_cast<std::uint32_t>(random() % (heads - first)), random() % 3 == 0});
 }
 
 struct Tally {
@@ -317,7 +367,9 @@ void random_history(std::mt19937_64& random, Tally& tally) {
             const Conflict said = busy.claim(owner, wanted);
             REQUIRE(reference.agrees(said, *wanted));
             if (!said) reference.add(owner, *wanted);
-            ++(said.kind == Conflict::none ? tally.none : said.kind == Conflict::within_call ? tally.within : tally.in_flight);
+            ++(said.kind == Conflict::none          ? tally.none
+               : said.kind == Conflict::within_call ? tally.within
+                                                    : tally.in_flight);
         }
     }
 }
@@ -330,9 +382,10 @@ TEST_CASE("random pools, claims and releases against a table of bytes") {
     std::mt19937_64 random(seed);
     Tally tally;
     for (int round = 0; round < 1000; ++round) random_history(random, tally);
-    MESSAGE("claims: ", tally.none, " granted, ", tally.within, " doubled, ", tally.in_flight, " in flight; arenas: ", tally.regular,
-            " regular, ", tally.irregular, " not");
-    for (const int count : {tally.none, tally.within, tally.in_flight, tally.regular, tally.irregular}) CHECK(count > 1000);
+    MESSAGE("claims: ", tally.none, " granted, ", tally.within, " doubled, ", tally.in_flight,
+            " in flight; arenas: ", tally.regular, " regular, ", tally.irregular, " not");
+    for (const int count : {tally.none, tally.within, tally.in_flight, tally.regular, tally.irregular})
+        CHECK(count > 1000);
 }
 
 TEST_CASE("sets of addresses: the first common one") {
@@ -347,7 +400,8 @@ TEST_CASE("sets of addresses: the first common one") {
         std::vector<std::uint32_t> both;
         std::set_intersection(a.begin(), a.end(), b.begin(), b.end(), std::back_inserter(both));
         std::optional<std::uintptr_t> doubled;
-        const auto pa = plan(shape, {0}, {Ids(a.begin(), a.end())}), pb = plan(shape, {0}, {Ids(b.rbegin(), b.rend())});
+        const auto pa = plan(shape, {0}, {Ids(a.begin(), a.end())}),
+                   pb = plan(shape, {0}, {Ids(b.rbegin(), b.rend())});
         const AddressSet x(*pa, {0}, &doubled), y(*pb, {0}, &doubled);
         REQUIRE(!doubled);
         const auto common = random() % 2 ? x.first_common(y) : y.first_common(x);

@@ -59,7 +59,8 @@ TEST_CASE("every length up to 1100, at every alignment of a cache line's start")
     for (const auto& kernel : kvt::crc32c_kernels())
         for (std::size_t n = 0; n <= 1100; ++n) {
             const std::size_t at = n % 64;
-            REQUIRE_MESSAGE(kernel.run(0, bytes.data() + at, n) == reference(0, bytes.data() + at, n), std::string(kernel.name), " ", n);
+            REQUIRE_MESSAGE(kernel.run(0, bytes.data() + at, n) == reference(0, bytes.data() + at, n),
+                            std::string(kernel.name), " ", n);
         }
 }
 
@@ -74,7 +75,8 @@ TEST_CASE("random lengths, alignments and starting values") {
         const auto start = static_cast<std::uint32_t>(random());
         const auto expected = reference(start, bytes.data() + at, n);
         for (const auto& kernel : kvt::crc32c_kernels())
-            REQUIRE_MESSAGE(kernel.run(start, bytes.data() + at, n) == expected, std::string(kernel.name), " at ", at, " n ", n);
+            REQUIRE_MESSAGE(kernel.run(start, bytes.data() + at, n) == expected, std::string(kernel.name),
+                            " at ", at, " n ", n);
     }
 }
 
@@ -102,7 +104,8 @@ TEST_CASE("every flipped bit shows") {
         const auto good = kernel.run(0, bytes.data(), bytes.size());
         for (std::size_t bit = 0; bit < 8 * bytes.size(); ++bit) {
             bytes[bit / 8] ^= static_cast<unsigned char>(1u << (bit % 8));
-            REQUIRE_MESSAGE(kernel.run(0, bytes.data(), bytes.size()) != good, std::string(kernel.name), " bit ", bit);
+            REQUIRE_MESSAGE(kernel.run(0, bytes.data(), bytes.size()) != good, std::string(kernel.name),
+                            " bit ", bit);
             bytes[bit / 8] ^= static_cast<unsigned char>(1u << (bit % 8));
         }
     }

@@ -38,7 +38,8 @@ std::vector<Byte> bytes_of(const StreamPlan& plan, const std::vector<std::uint32
                 for (std::uint64_t i = 0; i < s.nbytes; ++i) {
                     const Part& part = layer.parts[s.part];
                     bytes.push_back({part.base + id * static_cast<std::uint64_t>(part.block_stride) +
-                                         static_cast<std::uint64_t>(s.offset) + i, layer.group, id});
+                                         static_cast<std::uint64_t>(s.offset) + i,
+                                     layer.group, id});
                 }
     }
     return bytes;
@@ -47,7 +48,8 @@ std::vector<Byte> bytes_of(const StreamPlan& plan, const std::vector<std::uint32
 std::vector<std::uintptr_t> expand(const iovec* runs, std::size_t n) {
     std::vector<std::uintptr_t> out;
     for (std::size_t i = 0; i < n; ++i)
-        for (std::size_t k = 0; k < runs[i].iov_len; ++k) out.push_back(reinterpret_cast<std::uintptr_t>(runs[i].iov_base) + k);
+        for (std::size_t k = 0; k < runs[i].iov_len; ++k)
+            out.push_back(reinterpret_cast<std::uintptr_t>(runs[i].iov_base) + k);
     return out;
 }
 
@@ -61,7 +63,8 @@ struct Case {
 
 Part random_part(std::mt19937_64& random, std::uint64_t heads) {
     const auto tokens = 1 + random() % 4, width = 1 + random() % 3;
-    const auto h = static_cast<std::int64_t>(heads), t = static_cast<std::int64_t>(tokens), w = static_cast<std::int64_t>(width);
+    const auto h = static_cast<std::int64_t>(heads), t = static_cast<std::int64_t>(tokens),
+               w = static_cast<std::int64_t>(width);
     Part part{0x100000 + random() % 0x4000, h * t * w, {}, width, 0};
     if (random() % 2) {  // HND
         part.axes = {{heads, t * w}, {tokens, w}};
@@ -87,7 +90,9 @@ Case random_case(std::mt19937_64& random) {
         made.by_group.push_back(random() % 10 ? ids(list) : nullptr);
     }
     for (std::uint32_t l = 0; l < 1 + random() % 6; ++l) {
-        Layer layer{"l" + std::to_string(l), static_cast<std::uint32_t>(random() % groups.size()), {random_part(random, heads)}};
+        Layer layer{"l" + std::to_string(l),
+                    static_cast<std::uint32_t>(random() % groups.size()),
+                    {random_part(random, heads)}};
         if (random() % 2) layer.parts.push_back(random_part(random, heads));
         if (!layers.empty() && random() % 2) {  // the same class elsewhere
             layer.parts = layers.back().parts;
@@ -107,8 +112,8 @@ Case random_case(std::mt19937_64& random) {
 
 TEST_CASE("the order of the stream: layers, then ids by position, then segments") {
     const Part k{0x1000, 100, {}, 100, -1}, v{0x9000, 100, {}, 100, -1}, far{0x20000, 128, {}, 100, -1};
-    auto shape = std::make_shared<const PoolShape>(std::vector{group("g", 8)},
-                                                   std::vector<Layer>{{"a", 0, {k, v}}, {"b", 0, {far}}}, true);
+    auto shape = std::make_shared<const PoolShape>(
+        std::vector{group("g", 8)}, std::vector<Layer>{{"a", 0, {k, v}}, {"b", 0, {far}}}, true);
     const StreamPlan plan(shape, {1, 0}, {ids({3, 1, 2})}, Heads::every());
     CHECK(plan.nbytes() == 900);
     CHECK(plan.pieces() == 6);
@@ -135,7 +140,8 @@ TEST_CASE("the order of the stream: layers, then ids by position, then segments"
 
 TEST_CASE("neighbours merge, across blocks and layers") {
     const Part a{0x10000, 64, {}, 64, -1}, b{0x10000 + 8 * 64, 64, {}, 64, -1};
-    auto shape = std::make_shared<const PoolShape>(std::vector{group("g", 8)}, std::vector<Layer>{{"a", 0, {a}}, {"b", 0, {b}}}, true);
+    auto shape = std::make_shared<const PoolShape>(std::vector{group("g", 8)},
+                                                   std::vector<Layer>{{"a", 0, {a}}, {"b", 0, {b}}}, true);
     const StreamPlan plan(shape, {0, 1}, {ids({0, 1, 2, 3, 4, 5, 6, 7})}, Heads::every());
     iovec out[2];
     std::size_t count = 0;
@@ -147,9 +153,11 @@ TEST_CASE("neighbours merge, across blocks and layers") {
 }
 
 TEST_CASE("what a plan refuses") {
-    auto shape = std::make_shared<const PoolShape>(std::vector{group("full", 8, 2), group("window", 4)},
-                                                   std::vector<Layer>{{"a", 0, {{0x1000, 64, {{2, 32}, {32, 1}}, 1, 0}}},
-                                                                      {"b", 1, {{0x9000, 64, {}, 64, -1}}}}, true);
+    auto shape = std::make_shared<const PoolShape>(
+        std::vector{group("full", 8, 2), group("window", 4)},
+        std::vector<Layer>{{"a", 0, {{0x1000, 64, {{2, 32}, {32, 1}}, 1, 0}}},
+                           {"b", 1, {{0x9000, 64, {}, 64, -1}}}},
+        true);
     auto message = [&](std::vector<std::uint32_t> layers, std::vector<std::shared_ptr<const Ids>> by_group) {
         try {
             StreamPlan(shape, std::move(layers), std::move(by_group), Heads::every());
@@ -159,7 +167,8 @@ TEST_CASE("what a plan refuses") {
         return std::string();
     };
     CHECK(message({0, 1}, {ids({7}), ids({3})}).empty());
-    CHECK(message({0, 1}, {ids({7}), ids({3, 4})}) == "group 'window' has no block 4 (position 1): it has num_blocks=4");
+    CHECK(message({0, 1}, {ids({7}), ids({3, 4})}) ==
+          "group 'window' has no block 4 (position 1): it has num_blocks=4");
     CHECK(message({0}, {ids({0xffffffff}), nullptr}).find("4294967295") != std::string::npos);
     CHECK(message({2}, {ids({0}), nullptr}).find("no layer 2") != std::string::npos);
     CHECK_THROWS_AS(StreamPlan(shape, {0}, {ids({0})}, Heads::every()), std::invalid_argument);
@@ -179,7 +188,8 @@ TEST_CASE("sixteen Mi pieces at most, and bytes that fit 63 bits") {
     CHECK(StreamPlan(shape, all, {ids(Ids(16384, 1))}, Heads::every()).pieces() == kMaxPieces);
     CHECK_THROWS_AS(StreamPlan(shape, all, {ids(Ids(16385, 1))}, Heads::every()), std::length_error);
     const Part huge{0x1000, 1, {}, std::uint64_t{1} << 47, -1};
-    auto big = std::make_shared<const PoolShape>(std::vector{group("g", 8)}, std::vector<Layer>{{"", 0, {huge}}}, false);
+    auto big = std::make_shared<const PoolShape>(std::vector{group("g", 8)},
+                                                 std::vector<Layer>{{"", 0, {huge}}}, false);
     CHECK(StreamPlan(big, {0}, {ids(Ids(65535, 1))}, Heads::every()).nbytes() == std::uint64_t{65535} << 47);
     CHECK_THROWS_AS(StreamPlan(big, {0}, {ids(Ids(65536, 1))}, Heads::every()), std::length_error);
 }
@@ -201,11 +211,15 @@ TEST_CASE("random plans: runs from any offset, in any portions") {
     std::mt19937_64 random(seed);
     for (int round = 0; round < 1500; ++round) {
         const Case made = random_case(random);
-        const StreamPlan plan = random() % 4 ? made.plan() : Case{made.shape, {}, made.by_group, made.heads}.plan().reordered(made.layers);
+        const StreamPlan plan = random() % 4
+                                    ? made.plan()
+                                    : Case{made.shape, {}, made.by_group, made.heads}.plan().reordered(
+                                          made.layers);
         const auto bytes = bytes_of(plan, made.layers);
         REQUIRE(plan.nbytes() == bytes.size());
         for (int query = 0; query < 8; ++query) {
-            const std::uint64_t begin = random() % (bytes.size() + 1), end = begin + random() % (bytes.size() + 2 - begin);
+            const std::uint64_t begin = random() % (bytes.size() + 1),
+                                end = begin + random() % (bytes.size() + 2 - begin);
             const std::uint64_t stop = std::min<std::uint64_t>(end, bytes.size());
             const std::size_t max = 1 + random() % 9;
             std::vector<std::uintptr_t> got, expected;
@@ -243,9 +257,12 @@ TEST_CASE("random plans: blocks of a range, and what verified ranges make of blo
             at = end;
         }
         std::vector<bool> good(bytes.size());
-        for (const auto& r : verified) std::fill(good.begin() + static_cast<long>(r.begin), good.begin() + static_cast<long>(r.end), true);
+        for (const auto& r : verified)
+            std::fill(good.begin() + static_cast<long>(r.begin), good.begin() + static_cast<long>(r.end),
+                      true);
         std::map<std::string, std::set<std::uint32_t>> all, bad, touched;
-        const std::uint64_t begin = random() % (bytes.size() + 1), end = begin + random() % (bytes.size() + 1 - begin);
+        const std::uint64_t begin = random() % (bytes.size() + 1),
+                            end = begin + random() % (bytes.size() + 1 - begin);
         for (std::uint64_t i = 0; i < bytes.size(); ++i) {
             const std::string& name = made.shape->groups()[bytes[i].group].name;
             all[name].insert(bytes[i].id);
@@ -259,7 +276,8 @@ TEST_CASE("random plans: blocks of a range, and what verified ranges make of blo
             got_all[of.group].insert(of.poisoned.begin(), of.poisoned.end());
             REQUIRE(got_all[of.group].size() == of.sealed.size() + of.poisoned.size());  // each once
         }
-        for (const auto& of : plan.blocks_touching(begin, end)) got_touched[of.group].insert(of.ids.begin(), of.ids.end());
+        for (const auto& of : plan.blocks_touching(begin, end))
+            got_touched[of.group].insert(of.ids.begin(), of.ids.end());
         REQUIRE(got_all == all);
         REQUIRE(got_bad == bad);
         REQUIRE(got_touched == touched);
@@ -268,7 +286,8 @@ TEST_CASE("random plans: blocks of a range, and what verified ranges make of blo
             for (std::uint64_t p = 0; p < plan.positions(i); ++p) {
                 const StreamRange piece = plan.piece(i, p);
                 const bool expected = std::all_of(good.begin() + static_cast<long>(piece.begin),
-                                                  good.begin() + static_cast<long>(piece.end), [](bool b) { return b; });
+                                                  good.begin() + static_cast<long>(piece.end),
+                                                  [](bool b) { return b; });
                 REQUIRE(plan.piece_sealed(i, p, verified) == expected);
                 layer_good = layer_good && expected;
             }
@@ -280,9 +299,11 @@ TEST_CASE("random plans: blocks of a range, and what verified ranges make of blo
 TEST_CASE("gather and scatter") {
     std::vector<std::byte> memory(1000), buffer(300), back(1000);
     for (std::size_t i = 0; i < memory.size(); ++i) memory[i] = static_cast<std::byte>(i * 7);
-    const iovec from[] = {{memory.data() + 900, 100}, {memory.data() + 3, 1}, {memory.data(), 0}, {memory.data() + 100, 199}};
+    const iovec from[] = {
+        {memory.data() + 900, 100}, {memory.data() + 3, 1}, {memory.data(), 0}, {memory.data() + 100, 199}};
     iovec to[4];
-    for (int i = 0; i < 4; ++i) to[i] = {back.data() + (static_cast<std::byte*>(from[i].iov_base) - memory.data()), from[i].iov_len};
+    for (int i = 0; i < 4; ++i)
+        to[i] = {back.data() + (static_cast<std::byte*>(from[i].iov_base) - memory.data()), from[i].iov_len};
     gather(from, 4, buffer.data());
     CHECK(buffer[0] == memory[900]);
     CHECK(buffer[100] == memory[3]);

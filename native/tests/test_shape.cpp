@@ -41,9 +41,11 @@ std::vector<std::int64_t> bytes_of(const Part& part, Heads heads, std::size_t ax
         return bytes;
     }
     const bool sliced = static_cast<int>(axis) == part.head_axis && !heads.all;
-    const std::uint64_t first = sliced ? heads.begin : 0, count = sliced ? heads.count : part.axes[axis].count;
+    const std::uint64_t first = sliced ? heads.begin : 0,
+                        count = sliced ? heads.count : part.axes[axis].count;
     for (std::uint64_t i = first; i < first + count; ++i) {
-        const auto inner = bytes_of(part, heads, axis + 1, at + static_cast<std::int64_t>(i) * part.axes[axis].stride);
+        const auto inner = bytes_of(part, heads, axis + 1,
+                                    at + static_cast<std::int64_t>(i) * part.axes[axis].stride);
         bytes.insert(bytes.end(), inner.begin(), inner.end());
     }
     return bytes;
@@ -73,14 +75,16 @@ TEST_CASE("an opaque block is one segment") {
 TEST_CASE("HND: a slice of heads is one segment; NHD: one for each token") {
     const Part hnd{0x10000, 8 * 16 * 64, {{8, 16 * 64}, {16, 64}, {32, 2}}, 2, 0};
     const Part nhd{0x10000, 8 * 16 * 64, {{16, 8 * 64}, {8, 64}, {32, 2}}, 2, 1};
-    CHECK(one_layer(hnd, 8, 8).pattern(0, {2, 3, false})->segments == std::vector<Segment>{{0, 2 * 1024, 3 * 1024}});
+    CHECK(one_layer(hnd, 8, 8).pattern(0, {2, 3, false})->segments ==
+          std::vector<Segment>{{0, 2 * 1024, 3 * 1024}});
     const auto slice = one_layer(nhd, 8, 8).pattern(0, {2, 3, false});
     REQUIRE(slice->segments.size() == 16);
     CHECK(slice->segments[5] == Segment{0, 5 * 512 + 128, 192});
     CHECK(slice->starts[5] == 5 * 192);
     CHECK(slice->nbytes == 16 * 192);
     CHECK(one_layer(nhd, 8, 8).pattern(0, {0, 8, false})->segments.size() == 1);
-    for (Heads bad : {Heads{0, 0, false}, Heads{8, 1, false}, Heads{7, 2, false}, Heads{1, 0xffffffff, false}})
+    for (Heads bad :
+         {Heads{0, 0, false}, Heads{8, 1, false}, Heads{7, 2, false}, Heads{1, 0xffffffff, false}})
         CHECK_THROWS_AS(one_layer(nhd, 8, 8).pattern(0, bad), std::invalid_argument);
 }
 
@@ -93,10 +97,16 @@ TEST_CASE("K and V side by side in a block are one segment, apart they are two")
     v.base = 0x90000;
     const PoolShape apart({group(8)}, {{"l", 0, {k, v}}}, true);
     CHECK(apart.pattern(0, Heads::every())->segments == std::vector<Segment>{{0, 0, 1024}, {1, 0, 1024}});
+    Part near = k;
+    near.base += 1024;
+    const PoolShape both({group(8)}, {{"l", 0, {k, v}}, {"m", 0, {k, near}}}, true);
+    CHECK(both.pattern(0, Heads::every())->segments.size() == 2);
+    CHECK(both.pattern(1, Heads::every())->segments.size() == 1);
 }
 
 TEST_CASE("layers that differ only in their bases share a class and a pattern") {
-    const Part a{0x10000, 4096, {{4096, 1}}, 1, -1}, b{0x80000, 8192, {{4096, 1}}, 1, -1}, c{0x80000, 4096, {{2048, 1}}, 1, -1};
+    const Part a{0x10000, 4096, {{4096, 1}}, 1, -1}, b{0x80000, 8192, {{4096, 1}}, 1, -1},
+        c{0x80000, 4096, {{2048, 1}}, 1, -1};
     const PoolShape shape({group(8)}, {{"a", 0, {a}}, {"b", 0, {b}}, {"c", 0, {c}}}, true);
     CHECK(shape.layer_class(0) == shape.layer_class(1));
     CHECK(shape.layer_class(0) != shape.layer_class(2));
@@ -106,7 +116,8 @@ TEST_CASE("layers that differ only in their bases share a class and a pattern") 
 
 TEST_CASE("strides that go down are allowed, strides that overlap are not") {
     CHECK(one_layer({0x10000, -64, {{4, -16}}, 16, -1}).pattern(0, Heads::every())->segments.size() == 4);
-    CHECK(one_layer({0x10000, -64, {{4, -16}}, 16, -1}).extent(0, 0) == Extent{0x10000 - 7 * 64 - 48, 0x10010});
+    CHECK(one_layer({0x10000, -64, {{4, -16}}, 16, -1}).extent(0, 0) ==
+          Extent{0x10000 - 7 * 64 - 48, 0x10010});
     CHECK(has(refusal({0x10000, 64, {{4, 8}}, 16, -1}), "overlap"));
     CHECK(has(refusal({0x10000, 64, {{4, 0}}, 16, -1}), "overlap"));
     CHECK(has(refusal({0x10000, 64, {{2, 48}, {4, 16}}, 16, -1}), "overlap"));
@@ -118,6 +129,10 @@ TEST_CASE("addresses that don't exist are refused") {
     constexpr auto kMin = std::numeric_limits<std::int64_t>::min();
     CHECK(has(refusal({100, -64, {}, 64, -1}, 8), "out of memory"));
     CHECK(has(refusal({~std::uintptr_t{0} - 100, 64, {}, 64, -1}, 8), "out of memory"));
+    CHECK(refusal({~std::uintptr_t{0} - 64, 64, {}, 64, -1}, 1).empty());
+    CHECK(has(refusal({~std::uintptr_t{0} - 63, 64, {}, 64, -1}, 1), "out of memory"));
+    CHECK(refusal({448, -64, {}, 64, -1}, 8).empty());
+    CHECK(has(refusal({447, -64, {}, 64, -1}, 8), "out of memory"));
     CHECK(has(refusal({0x1000, 1, {{2, kMax}}, 1, -1}), "2^62"));
     CHECK(has(refusal({0x1000, 1, {{2, kMin}}, 1, -1}), "2^62"));
     CHECK(has(refusal({0x1000, kMax, {}, 1, -1}, 1), "2^62"));
@@ -161,12 +176,15 @@ TEST_CASE("a shape must lie within the array that it describes") {
 
 TEST_CASE("the cache of patterns is bounded") {
     const std::uint64_t heads = 200, tokens = 1000;
-    const auto shape = one_layer({0x10000, 1 << 20, {{tokens, static_cast<std::int64_t>(heads)}, {heads, 1}}, 1, 1}, 8, heads);
+    const auto shape = one_layer(
+        {0x10000, 1 << 20, {{tokens, static_cast<std::int64_t>(heads)}, {heads, 1}}, 1, 1}, 8, heads);
     const auto kept = shape.pattern(0, {0, 1, false});
     for (std::uint32_t first = 0; first < heads; ++first)
-        for (std::uint32_t count = 1; count <= std::min<std::uint32_t>(9, static_cast<std::uint32_t>(heads) - first); ++count)
+        for (std::uint32_t count = 1;
+             count <= std::min<std::uint32_t>(9, static_cast<std::uint32_t>(heads) - first); ++count)
             REQUIRE(shape.pattern(0, {first, count, false})->segments.size() == tokens);
     CHECK(kept->segments.size() == tokens);
+    CHECK(kept.use_count() == 1);  // the cache let go of it
     CHECK(shape.pattern(0, {0, 1, false})->segments == kept->segments);
 }
 
@@ -181,21 +199,28 @@ TEST_CASE("random shapes against a walk over every byte") {
         const std::size_t parts = 1 + random() % 3;
         for (std::size_t p = 0; p < parts; ++p) {
             // Axes in random order of strides, nested with random padding; some go down.
-            Part part{0x100000 + random() % 0x1000, 0, {{heads, 0}, {1 + random() % 4, 0}, {1 + random() % 4, 0}}, 1 + random() % 3, 0};
-            std::swap(part.axes[0], part.axes[static_cast<std::size_t>(part.head_axis = static_cast<int>(random() % 3))]);
+            Part part{0x100000 + random() % 0x1000,
+                      0,
+                      {{heads, 0}, {1 + random() % 4, 0}, {1 + random() % 4, 0}},
+                      1 + random() % 3,
+                      0};
+            std::swap(part.axes[0],
+                      part.axes[static_cast<std::size_t>(part.head_axis = static_cast<int>(random() % 3))]);
             std::vector<std::size_t> order{0, 1, 2};
             std::shuffle(order.begin(), order.end(), random);
             if (random() % 2) order = {2, 1, 0};
             auto inside = static_cast<std::int64_t>(part.itemsize);
             for (const std::size_t axis : order) {
-                const std::int64_t stride = inside + (random() % 3 == 0 ? static_cast<std::int64_t>(random() % 3) : 0);
+                const std::int64_t stride = inside +
+                                            (random() % 3 == 0 ? static_cast<std::int64_t>(random() % 3) : 0);
                 part.axes[axis].stride = random() % 8 == 0 ? -stride : stride;
                 inside = stride * static_cast<std::int64_t>(part.axes[axis].count);
             }
             part.block_stride = inside * (random() % 4 == 0 ? 3 : 1);
             if (p != 0 && random() % 2) {
                 part = layer.parts[0];
-                part.base += static_cast<std::uintptr_t>(static_cast<std::int64_t>(p) * (part.block_stride / 3));
+                part.base += static_cast<std::uintptr_t>(static_cast<std::int64_t>(p) *
+                                                         (part.block_stride / 3));
             }
             layer.parts.push_back(part);
         }
@@ -205,10 +230,12 @@ TEST_CASE("random shapes against a walk over every byte") {
         const auto pattern = shape.pattern(0, slice);
         std::vector<std::uintptr_t> expected;
         for (const Part& part : layer.parts)
-            for (const std::int64_t offset : bytes_of(part, slice)) expected.push_back(part.base + static_cast<std::uint64_t>(offset));
+            for (const std::int64_t offset : bytes_of(part, slice))
+                expected.push_back(part.base + static_cast<std::uint64_t>(offset));
         REQUIRE(addresses(layer, *pattern) == expected);
         REQUIRE(pattern->nbytes == expected.size());
-        for (std::size_t i = 1; i < pattern->segments.size(); ++i) {  // merged as far as can be, and starts add up
+        for (std::size_t i = 1; i < pattern->segments.size();
+             ++i) {  // merged as far as can be, and starts add up
             const Segment &a = pattern->segments[i - 1], &b = pattern->segments[i];
             REQUIRE(!(a.part == b.part && a.offset + static_cast<std::int64_t>(a.nbytes) == b.offset));
             REQUIRE(pattern->starts[i] == pattern->starts[i - 1] + a.nbytes);
