@@ -106,9 +106,11 @@ class Places:
 
     def _allowed_of(self, addresses: tuple[str, ...], where: str | Sequence[str]) -> tuple[str, ...]:
         """Return those that an allowed backend serves, the preferred backend's first."""
-        found = [a for backend in self._backends for a in addresses if backend.serves(a)]
+        found = [(backend, a) for backend in self._backends for a in addresses if backend.serves(a)]
+        for backend, address in found:
+            backend.check(address)
         if found:
-            return tuple(dict.fromkeys(found))
+            return tuple(dict.fromkeys(address for _, address in found))
         reasons = {
             b.name: "not among Config.backends" for b in (self.inproc, self._tcp) if b not in self._backends
         }

@@ -91,6 +91,10 @@ class Entry:
     dialled: set[str] = field(default_factory=set)  # addresses where we have found it
     connections: list[Connection] = field(default_factory=list)
 
+    def usable(self) -> bool:
+        """Say whether its Connection can be given out: its lanes are there, and it isn't just ending."""
+        return self.ready and self.connections[0].state != "lost"
+
 
 class Roster:
     """The peers of one Endpoint."""
@@ -169,7 +173,7 @@ class Roster:
         """Return the Connection of a ready session; let `connection` and `address` stand for it as well."""
         with self.lock:
             entry = self._entries.get(incarnation)
-            if entry is None or entry.session is None or not entry.ready:
+            if entry is None or entry.session is None or not entry.usable():
                 return None
             if address:
                 entry.dialled.add(address)
@@ -183,7 +187,7 @@ class Roster:
         """Return the Connection to who was found, or says to listen, at an address."""
         with self.lock:
             for entry in self._entries.values():
-                if entry.ready and (address in entry.dialled or address in self._listens_at(entry)):
+                if entry.usable() and (address in entry.dialled or address in self._listens_at(entry)):
                     return entry.connections[0]
         return None
 

@@ -101,19 +101,22 @@ class Backend(Protocol):
         """Say whether it works on this machine."""
 
     def serves(self, where: str) -> bool:
-        """Say whether `where` has the form of its addresses."""
+        """Say whether `where` begins or ends like its addresses."""
+
+    def check(self, where: str) -> None:
+        """Raise ValueError, which says what is wrong, where an address that it serves is malformed."""
 
 
 class StreamBackend(Backend, Protocol):
     """A backend whose sessions begin with a handshake over a connected socket."""
 
     def may_block(self, where: str) -> bool:
-        """Say whether `resolve` asks a name service for it. ValueError: the form is wrong."""
+        """Say whether `resolve` asks a name service for it."""
 
     def resolve(self, where: str) -> Sequence[Target]:
         """Return the places that an address stands for, the preferred first. May block on a name service.
 
-        ValueError: the form is wrong. OSError: nothing has that name.
+        OSError: nothing has that name. ValueError: malformed.
         """
 
     def demand_allowed(self, target: Target, policy: Policy) -> None:
@@ -149,4 +152,4 @@ class DirectBackend(Backend, Protocol):
     """A backend that joins two endpoints of this process."""
 
     def incarnation_at(self, where: str) -> bytes:
-        """Return the incarnation that an address names. ValueError: the form is wrong."""
+        """Return the incarnation that an address names."""

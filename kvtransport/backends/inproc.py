@@ -37,6 +37,10 @@ class InprocBackend:
         """Say whether it begins with inproc:."""
         return where.startswith(PREFIX)
 
+    def check(self, where: str) -> None:
+        """Raise ValueError where it is malformed."""
+        self.incarnation_at(where)
+
     def incarnation_at(self, where: str) -> bytes:
         """Return the incarnation that an address names."""
         try:

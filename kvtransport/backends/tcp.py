@@ -52,6 +52,13 @@ class TcpBackend:
         """Say whether it is unix:/path or ends in a port."""
         return where.startswith(UNIX_PREFIX) or where.rpartition(":")[2].isdecimal()
 
+    def check(self, where: str) -> None:
+        """Raise ValueError where it is malformed."""
+        if where.startswith(UNIX_PREFIX):
+            _unix_target(where.removeprefix(UNIX_PREFIX))
+        else:
+            split_host_port(where)
+
     def may_block(self, where: str) -> bool:
         """Say whether it has a name and no numeric address."""
         return not is_numeric(where)

@@ -31,7 +31,7 @@ def where(request, tmp_path):
 def connected(where, policy=STRICT):
     """Return (listener, dialled socket, accepted socket)."""
     listener = BACKEND.listen(where, policy)
-    dialled = dial(listener.text)
+    dialled = dial(listener.target.text)
     return listener, dialled, accept(listener)
 
 
@@ -204,7 +204,7 @@ def test_listen_dial_and_prove(where):
             assert stat.S_IMODE(os.stat(where[5:]).st_mode) == 0o600
         else:
             assert dialled.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
-            assert not listener.text.endswith(":0")
+            assert not listener.target.text.endswith(":0")
     listener.close()
     listener.close()
     assert not where.startswith("unix:") or not os.path.exists(where[5:])
@@ -289,7 +289,7 @@ def test_an_ipv4_client_of_a_dual_socket_is_found():
 
 def test_before_accept_nothing_is_known():
     listener = BACKEND.listen("127.0.0.1:0", STRICT)
-    with dial(listener.text) as dialled:
+    with dial(listener.target.text) as dialled:
         assert BACKEND.prove(dialled, STRICT) is None
         with accept(listener):
             assert BACKEND.prove(dialled, STRICT) is not None
@@ -306,7 +306,7 @@ def test_a_closed_other_end_proves_nothing():
 
 def test_who_listens():
     listener = BACKEND.listen("127.0.0.1:0", STRICT)
-    target = BACKEND.resolve(listener.text)[0]
+    target = BACKEND.resolve(listener.target.text)[0]
     assert BACKEND.owner(target) == os.geteuid()
     listener.close()
     assert BACKEND.owner(target) is None
@@ -331,7 +331,7 @@ def test_m19_another_user_dials_us(where, tmp_path):
         for parent in (tmp_path, *tmp_path.parents[:-1]):
             os.chmod(parent, os.stat(parent).st_mode | 0o011)
     reading, writing = os.pipe()
-    child = as_nobody(lambda: (dial(listener.text), os.close(writing), os.read(reading, 1)))
+    child = as_nobody(lambda: (dial(listener.target.text), os.close(writing), os.read(reading, 1)))
     os.close(reading)
     with accept(listener) as accepted:
         with pytest.raises(AuthenticationError, match=f"uid {NOBODY}.*run both ends as one user") as caught:
