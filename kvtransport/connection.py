@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvtransport import _native
 from kvtransport.completion import CompletionQueue
-from kvtransport.errors import ConnectionClosed, KVTransportError, PeerLost
+from kvtransport.errors import ConnectionClosed, KVTransportError, PeerLost, RemoteProtocolError, ResourceLimit
 from kvtransport.memory.pool import BlockPool
 from kvtransport.transfer import LayerGate, SentMessage, Transfer, no_streams, require_gate
 from kvtransport.types import BlockIds, ConnectionState, Heads, LayerName, Peer
@@ -196,7 +196,7 @@ class Connection:
         """Where it stands."""
         if self._error is not None:
             return "lost"
-        return "connecting" if not self._opened.is_set() and self._session.state() == "open" else self._session.state()
+        return self._session.state()
 
     def explain(self) -> str:
         """Say which way bytes go, why, and what was refused and why; some lines of text."""
@@ -252,6 +252,10 @@ class Connection:
         """The session ended, or its peer was found to have restarted."""
         if cause == "local":
             self._fail(ConnectionClosed(detail))
+        elif cause == "protocol":
+            self._fail(RemoteProtocolError(f"the connection to {self.peer} was ended, its peer broke the protocol: {detail}"))
+        elif cause == "limit":
+            self._fail(ResourceLimit(f"the connection to {self.peer} was ended: {detail}"))
         else:
             word = cause if cause in ("heartbeat", "restarted", "closed") else detail.partition(": ")[0]
             known = word if word in ("reset", "heartbeat", "restarted", "closed") else "reset"

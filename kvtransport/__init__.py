@@ -1,0 +1,90 @@
+"""kvtransport moves paged KV-cache blocks between the registered memory of processes.
+
+`Endpoint` is where to begin; `Connection.send_blocks` and `recv_blocks` are what it is for. See README.md, and
+docs/ for the protocol, the faults that are survived, and the design.
+"""
+
+from kvtransport.acceptor import ConnectTimeout
+from kvtransport.completion import CompletionQueue
+from kvtransport.config import Config
+from kvtransport.connection import Connection
+from kvtransport.endpoint import Endpoint
+from kvtransport.errors import (
+    AuthenticationError,
+    BackendUnavailable,
+    ConfigError,
+    ConnectionClosed,
+    DowngradeError,
+    ForkedProcessError,
+    GrantError,
+    HandshakeError,
+    InsecureConfigError,
+    IntegrityError,
+    KVTransportError,
+    LayoutMismatch,
+    LocalProtocolError,
+    NoCommonPath,
+    PeerAborted,
+    PeerLost,
+    PermissionDenied,
+    ProtocolError,
+    RemoteProtocolError,
+    ResourceLimit,
+    StaleGrant,
+    TransferCancelled,
+    TransferError,
+    TransferTimeout,
+    VersionMismatch,
+    WaitTimeout,
+)
+from kvtransport.memory.allocation import HostMemory
+from kvtransport.memory.layout import BlockLayout, LayerGroup
+from kvtransport.memory.pool import BlockPool
+from kvtransport.transfer import LayerGate, SentMessage, Transfer, wait
+from kvtransport.types import Peer, TransferResult
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AuthenticationError",
+    "BackendUnavailable",
+    "BlockLayout",
+    "BlockPool",
+    "CompletionQueue",
+    "Config",
+    "ConfigError",
+    "ConnectTimeout",
+    "Connection",
+    "ConnectionClosed",
+    "DowngradeError",
+    "Endpoint",
+    "ForkedProcessError",
+    "GrantError",
+    "HandshakeError",
+    "HostMemory",
+    "InsecureConfigError",
+    "IntegrityError",
+    "KVTransportError",
+    "LayerGate",
+    "LayerGroup",
+    "LayoutMismatch",
+    "LocalProtocolError",
+    "NoCommonPath",
+    "Peer",
+    "PeerAborted",
+    "PeerLost",
+    "PermissionDenied",
+    "ProtocolError",
+    "RemoteProtocolError",
+    "ResourceLimit",
+    "SentMessage",
+    "StaleGrant",
+    "Transfer",
+    "TransferCancelled",
+    "TransferError",
+    "TransferResult",
+    "TransferTimeout",
+    "VersionMismatch",
+    "WaitTimeout",
+    "wait",
+]
