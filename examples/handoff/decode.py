@@ -43,7 +43,7 @@ def run(endpoint: kvt.Endpoint, options: argparse.Namespace) -> None:
         except kvt.PeerLost as error:
             if not options.kill_prefill:
                 raise
-            report_loss(error, receives)
+            report_loss(error, receives, memory)
             first = prefill(model, batch, PagedCache(memory))
             say("computed the prompts here instead, into the same blocks")
         else:
@@ -111,21 +111,25 @@ def repeat(connection: kvt.Connection, pool: kvt.BlockPool, memory: PagedMemory,
         raise CheckFailed("the second hand-off brought other bytes")
 
 
-def report_loss(error: kvt.PeerLost, receives: Receives) -> None:
+def report_loss(error: kvt.PeerLost, receives: Receives, memory: PagedMemory) -> None:
     """Shows what a caller learns from the error, and checks that every transfer has ended with it."""
     kvt.wait(list(receives.values()), timeout=10)
-    failures = [transfer.exception() for transfer in receives.values()]
     landed = sum(transfer.progress()[0] for transfer in receives.values())
     total = sum(transfer.progress()[1] for transfer in receives.values())
     say(f"PeerLost: {error}")
     share = f"{megabytes(landed)} of {megabytes(total)}"
-    say(f"cause {error.cause}, retryable {error.retryable}; {share} were here")
-    if not all(isinstance(failure, kvt.PeerLost) and failure.quiesced for failure in failures):
-        raise CheckFailed(f"every transfer should end in PeerLost and be quiesced: {failures}")
+    say(f"cause {error.cause}, retryable {error.retryable}, {share} were here")
     if not 0 < landed < total:
         raise CheckFailed(f"prefill was not killed in mid-transfer: {landed} of {total} bytes were here")
+    for key, transfer in receives.items():
+        loss = transfer.exception()
+        if not isinstance(loss, kvt.PeerLost) or not loss.quiesced:
+            raise CheckFailed(f"{key} should end in PeerLost and be quiesced: {loss!r}")
+        # A block is whole when all its layers are, and the last layer was never sent.
+        if set(loss.failed_block_ids) != set(memory.prompt_ids[key]):
+            raise CheckFailed(f"{key}: the error counts only blocks {loss.failed_block_ids} as not received")
     # Quiesced: no byte of a transfer can land any more, so its blocks may be written anew at once.
-    say(f"all {len(failures)} transfers have ended and are quiesced")
+    say(f"all {len(receives)} transfers have ended, are quiesced, and count none of their blocks as received")
 
 
 def verify_tokens(model: Any, batch: Batch, memory: PagedMemory, first: torch.Tensor) -> None:

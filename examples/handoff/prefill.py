@@ -38,8 +38,10 @@ def run(endpoint: kvt.Endpoint, options: argparse.Namespace) -> None:
         moved = sum(send.result(options.timeout).nbytes for send in sends.values())
         say(f"decode has all {megabytes(moved)}")
         again = [connection.send_blocks(pool, ids, key=f"{key}/2") for key, ids in memory.prompt_ids.items()]
-        for handle in [*messages, *again]:
-            handle.result(options.timeout)
+        for message in messages:
+            message.result(options.timeout)
+        for send in again:
+            send.result(options.timeout)
 
 
 def compute(
@@ -65,7 +67,7 @@ def announce(
     sends: Mapping[str, kvt.Transfer],
     first: list[int],
     computed_at: float,
-) -> list[kvt.Transfer]:
+) -> list[kvt.SentMessage]:
     """A message per request: its first token and its blocks' digests, sent when its blocks have arrived."""
     handles = []
     for (key, send), token in zip(sends.items(), first, strict=True):

@@ -114,7 +114,7 @@ def test_prefill_is_killed_in_mid_transfer() -> None:
     (lost,) = [index for index, line in enumerate(told) if line.startswith("PeerLost: ")]
     assert told.index("SIGKILL to prefill") < lost
     assert lost < told.index("computed the prompts here instead, into the same blocks")
-    assert "all 16 transfers have ended and are quiesced" in told
+    assert "all 16 transfers have ended, are quiesced, and count none of their blocks as received" in told
     landed, total = map(float, re.findall(r"(\d+\.\d) MB of (\d+\.\d) MB were here", run.stdout)[0])
     assert 0 < landed < total
 
