@@ -16,20 +16,8 @@ import weakref
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
+    from kvtransport import _native
     from kvtransport.transfer import Handle
-
-
-class NativeQueue(Protocol):
-    """The extension's queue of tags."""
-
-    def fileno(self) -> int:
-        """Return the eventfd that is readable when tags wait."""
-
-    def poll(self) -> list[int]:
-        """Return the tags that came, each once."""
-
-    def push(self, tag: int) -> None:
-        """Queue a tag."""
 
 
 class Subscribable(Protocol):
@@ -49,7 +37,7 @@ class CompletionQueue:
     thread or several.
     """
 
-    def __init__(self, native: NativeQueue) -> None:
+    def __init__(self, native: _native.Queue) -> None:
         """For Endpoint."""
         self.native = native
         self._ids = itertools.count(1)
@@ -93,7 +81,7 @@ class CompletionQueue:
 class LoopBridge:
     """One event loop's queue: handles' ends become futures' results."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, queue: NativeQueue) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, queue: _native.Queue) -> None:
         """For LoopBridges."""
         self._loop = loop
         self._queue = queue

@@ -17,7 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 from kvtransport import _native
 from kvtransport.completion import CompletionQueue
-from kvtransport.errors import ConnectionClosed, KVTransportError, PeerLost, RemoteProtocolError, ResourceLimit
+from kvtransport.errors import (
+    ConnectionClosed,
+    KVTransportError,
+    PeerLost,
+    RemoteProtocolError,
+    ResourceLimit,
+)
 from kvtransport.memory.pool import BlockPool
 from kvtransport.transfer import LayerGate, SentMessage, Transfer, no_streams, require_gate
 from kvtransport.types import BlockIds, ConnectionState, Heads, LayerName, Peer
@@ -253,13 +259,20 @@ class Connection:
         if cause == "local":
             self._fail(ConnectionClosed(detail))
         elif cause == "protocol":
-            self._fail(RemoteProtocolError(f"the connection to {self.peer} was ended, its peer broke the protocol: {detail}"))
+            self._fail(
+                RemoteProtocolError(
+                    f"the connection to {self.peer} was ended, its peer broke the protocol: {detail}"
+                )
+            )
         elif cause == "limit":
             self._fail(ResourceLimit(f"the connection to {self.peer} was ended: {detail}"))
         else:
             word = cause if cause in ("heartbeat", "restarted", "closed") else detail.partition(": ")[0]
             known = word if word in ("reset", "heartbeat", "restarted", "closed") else "reset"
-            self._end(PeerLost(f"the connection to {self.peer} was lost: {detail}", cause=known), f"{known}: {detail}")
+            self._end(
+                PeerLost(f"the connection to {self.peer} was lost: {detail}", cause=known),
+                f"{known}: {detail}",
+            )
 
     def _fail(self, error: BaseException) -> None:
         """It can't come about, or has ended, for this reason; posts raise it from now on."""
@@ -276,7 +289,10 @@ class Connection:
     def _require_open(self) -> None:
         error = self._error
         if error is not None:
-            raise type(error)(str(error), **{n: getattr(error, n) for n in type(error).attribute_names() if n in vars(error)})
+            raise type(error)(
+                str(error),
+                **{n: getattr(error, n) for n in type(error).attribute_names() if n in vars(error)},
+            )
 
     def _check(self, pool: BlockPool) -> None:
         """What is cheap and can be known at the call."""

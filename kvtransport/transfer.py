@@ -135,7 +135,7 @@ class Transfer(Handle[TransferResult]):
 
     def _finished(self) -> TransferResult:
         outcome = self.native.result()
-        assert outcome is not None  # noqa: S101 - for the type checker: transfers have one, messages haven't
+        assert outcome is not None  # for the type checker: transfers have one, messages haven't
         return TransferResult(*outcome)
 
     def __repr__(self) -> str:
