@@ -109,10 +109,12 @@ std::string check_terms(const PoolTerms& pool, const Terms& terms) {
     }
     constexpr std::uint64_t kMost = std::uint64_t{1} << 62;
     std::uint64_t total = 0;
+    std::vector<bool> seen(pool.layers.size());    // twice would make the pairing by name no permutation
     for (const auto& layer : terms.layers) {
-        if (layer.index >= pool.layers.size()) {
-            return "a transfer's terms name a layer that isn't there";
+        if (layer.index >= pool.layers.size() || seen[layer.index]) {
+            return "a transfer's terms name a layer twice or one that isn't there";
         }
+        seen[layer.index] = true;
         const std::uint64_t blocks = blocks_of(pool, terms, layer);
         if (blocks != 0 && layer.piece_nbytes > (kMost - total) / blocks) {
             return "a transfer's bytes exceed 2^62";
