@@ -1,0 +1,212 @@
+"""Actor: does in its own process what a check tells one side to do, by name.
+
+Here: the commands, and errors as JSON. Not here: how commands reach an Actor (`side`, `worker`).
+
+Invariant: every argument and result is plain JSON, so that a side may be another process; only errors are raised
+as they are. Nothing waits without a limit.
+"""
+
+from __future__ import annotations
+
+import builtins
+import os
+import signal
+from typing import Any, Final
+
+from kvtransport import errors
+from kvtransport.config import Config
+from kvtransport.connection import Connection
+from kvtransport.endpoint import Endpoint
+from kvtransport.memory.pool import BlockPool
+from kvtransport.testing.blocks import Blocks, Bytes, digests
+from kvtransport.transfer import Handle, LayerGate, Transfer, wait
+
+LIMIT_S: Final = 20.0
+"""For whatever should take milliseconds."""
+
+
+class Actor:
+    """One side: an Endpoint, its Connection, and pools, gates and handles by the names that a check gives them."""
+
+    def __init__(self) -> None:
+        self.endpoint: Endpoint
+        self.connection: Connection
+        self.memory: dict[str, list[Bytes]] = {}
+        self.pools: dict[str, BlockPool] = {}
+        self.gates: dict[str, LayerGate] = {}
+        self.handles: dict[str, Handle[Any]] = {}
+
+    def do(self, command: str, arguments: dict[str, Any]) -> Any:
+        """Run a command: one of the methods below whose name begins with do_."""
+        return getattr(self, f"do_{command}")(**arguments)
+
+    # --- the endpoint ----------------------------------------------------------------------------------------
+
+    def do_start(self, config: dict[str, Any]) -> None:
+        self.endpoint = Endpoint(Config.from_dict(config))
+
+    def do_listen(self, address: str) -> str:
+        return self.endpoint.listen(address)
+
+    def do_incarnation(self) -> str:
+        return self.endpoint.incarnation.hex()
+
+    def do_connect(self, address: str) -> None:
+        self.connection = self.endpoint.connect(address, timeout=LIMIT_S)
+
+    def do_accept(self) -> None:
+        self.connection = self.endpoint.accept(timeout=LIMIT_S)
+
+    def do_connection_state(self) -> str:
+        return self.connection.state
+
+    def do_close_connection(self) -> None:
+        self.connection.close()
+
+    def do_close(self) -> None:
+        for gate in self.gates.values():
+            gate.fail("the check is over")
+        self.endpoint.close()
+        for named in (self.memory, self.pools, self.gates, self.handles):
+            named.clear()
+
+    def do_counts(self) -> dict[str, int]:
+        return {
+            "descriptors": len(os.listdir("/proc/self/fd")),
+            "threads": len(os.listdir("/proc/self/task")),
+        }
+
+    def do_stats(self) -> dict[str, int]:
+        return {name: self.endpoint.stats()[name] for name in ("connections", "pools")}
+
+    def do_fork(self) -> int:
+        pid = os.fork()
+        if pid:
+            return pid
+        try:
+            signal.pause()
+        finally:
+            os._exit(0)
+
+    # --- memory ----------------------------------------------------------------------------------------------
+
+    def do_pool(self, name: str, blocks: dict[str, int]) -> None:
+        spec = Blocks(**blocks)
+        self.memory[name] = spec.memory()
+        self.pools[name] = self.endpoint.register(spec.views(self.memory[name]))
+
+    def do_close_pool(self, name: str) -> None:
+        self.pools.pop(name).close(timeout=LIMIT_S)
+        del self.memory[name]
+
+    def do_digests(self, name: str) -> list[str]:
+        return digests(self.memory[name])
+
+    # --- transfers -------------------------------------------------------------------------------------------
+
+    def do_send(self, handle: str, pool: str, ids: list[int], gate: str | None, **options: Any) -> None:
+        options["meta"] = bytes.fromhex(options.pop("meta", ""))
+        after = None if gate is None else self.gates[gate]
+        self._keep(handle, self.connection.send_blocks(self.pools[pool], ids, after=after, **options))
+
+    def do_recv(self, handle: str, pool: str, ids: list[int], **options: Any) -> None:
+        options["meta"] = bytes.fromhex(options.pop("meta", ""))
+        self._keep(handle, self.connection.recv_blocks(self.pools[pool], ids, **options))
+
+    def do_refuse(self, key: str, reason: str) -> None:
+        self.connection.refuse(key, reason)
+
+    def do_result(self, handle: str) -> dict[str, Any]:
+        result = self.handles[handle].result(LIMIT_S)
+        if result is None:
+            return {}
+        fields = ("nbytes", "seconds", "backend", "blocks", "runs", "chunks", "resumed_nbytes")
+        return {name: getattr(result, name) for name in fields} | {"meta": result.meta.hex()}
+
+    def do_error(self, handle: str, timeout: float) -> dict[str, Any] | None:
+        asked = self.handles[handle]
+        wait([asked], timeout)
+        if not asked.done():
+            raise AssertionError(f"{asked!r} is not over after {timeout} s\n{self.connection.explain()}")
+        error = asked.exception()
+        return None if error is None else error_to_json(error)
+
+    def do_results(self, handles: list[str]) -> None:
+        for handle in handles:
+            self.do_result(handle)
+
+    def do_done(self, handle: str) -> bool:
+        return self.handles[handle].done()
+
+    def do_state(self, handle: str) -> str:
+        return self._transfer(handle).state
+
+    def do_progress(self, handle: str) -> list[int]:
+        return list(self._transfer(handle).progress())
+
+    def do_cancel(self, handle: str) -> None:
+        self._transfer(handle).cancel()
+
+    def do_wait_layer(self, handle: str, layer: int) -> None:
+        self._transfer(handle).wait_layer(layer, timeout=LIMIT_S)
+
+    def do_gate(self, name: str, layers: int) -> None:
+        self.gates[name] = self.endpoint.layer_gate(layers)
+
+    def do_mark(self, name: str, layer: int) -> None:
+        self.gates[name].mark_ready(layer)
+
+    def do_word(self, name: str, value: int) -> None:
+        self.gates[name].word[0] = value
+
+    def do_fail_gate(self, name: str, reason: str) -> None:
+        self.gates[name].fail(reason)
+
+    # --- messages --------------------------------------------------------------------------------------------
+
+    def do_message(self, handle: str, data: str, after: str | None) -> None:
+        transfer = None if after is None else self._transfer(after)
+        self._keep(handle, self.connection.send_message(bytes.fromhex(data), after=transfer))
+
+    def do_messages(self, count: int) -> list[str]:
+        found: list[str] = []
+        while len(found) < count:
+            came = self.endpoint.recv_messages(timeout=LIMIT_S)
+            if not came:
+                raise AssertionError(f"{len(found)} of {count} messages came in {LIMIT_S} s")
+            found += [data.hex() for connection, data in came if connection is self.connection]
+        return found
+
+    def do_messages_now(self) -> list[str]:
+        return [data.hex() for _, data in self.endpoint.recv_messages()]
+
+    def _keep(self, name: str, handle: Handle[Any]) -> None:
+        self.handles[name] = handle
+
+    def _transfer(self, name: str) -> Transfer:
+        found = self.handles[name]
+        assert isinstance(found, Transfer)  # noqa: S101 - for the type checker
+        return found
+
+
+def error_to_json(error: BaseException) -> dict[str, Any]:
+    """Return what `error_from_json` makes the same error of."""
+    plain: dict[str, Any] = {"type": type(error).__name__, "text": str(error)}
+    if isinstance(error, errors.TransferOutcome):
+        names = [name for name in type(error).attribute_names() if name not in ("blocks", "failed_block_ids")]
+        values = {name: getattr(error, name) for name in names}
+        plain["attributes"] = {n: v for n, v in values.items() if isinstance(v, (str, bool, int, type(None)))}
+        plain["blocks"] = [[group, list(states.items())] for group, states in error.blocks.items()]
+    return plain
+
+
+def error_from_json(plain: dict[str, Any]) -> BaseException:
+    """Return the error, of a class of `kvtransport.errors` or of Python's own."""
+    name = plain["type"]
+    kind = getattr(errors, name, None) or getattr(builtins, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, BaseException)):
+        return AssertionError(f"{name}: {plain['text']}")
+    if issubclass(kind, errors.TransferOutcome):
+        blocks = {group: {at: state for at, state in states} for group, states in plain["blocks"]}
+        return kind(plain["text"], blocks=blocks, **plain["attributes"])
+    return kind(plain["text"])
