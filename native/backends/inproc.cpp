@@ -12,7 +12,8 @@ using protocol::Cause;
 // One mover's share of the copying.
 class InprocPath::Copier final : public Runnable {
   public:
-    Copier(const std::shared_ptr<PathHost>& host, protocol::DigestKind digest) : host_(host), digest_(digest) {}
+    Copier(const std::shared_ptr<PathHost>& host, protocol::DigestKind digest)
+        : host_(host), digest_(digest) {}
     void set_peer(std::weak_ptr<PathHost> peer) { peer_ = std::move(peer); }
 
     bool run() override {
@@ -81,7 +82,8 @@ class InprocPath::Copier final : public Runnable {
     protocol::DigestKind digest_;
 };
 
-InprocPath::InprocPath(const std::shared_ptr<PathHost>& host, std::vector<Mover*> movers, protocol::DigestKind digest)
+InprocPath::InprocPath(const std::shared_ptr<PathHost>& host, std::vector<Mover*> movers,
+                       protocol::DigestKind digest)
     : host_(*host), movers_(std::move(movers)) {
     for (std::size_t i = 0; i < movers_.size(); ++i) {
         copiers_.push_back(std::make_shared<Copier>(host, digest));
@@ -90,7 +92,8 @@ InprocPath::InprocPath(const std::shared_ptr<PathHost>& host, std::vector<Mover*
 
 InprocPath::~InprocPath() = default;
 
-void InprocPath::join(InprocPath& a, const std::shared_ptr<PathHost>& host_a, InprocPath& b, const std::shared_ptr<PathHost>& host_b) {
+void InprocPath::join(InprocPath& a, const std::shared_ptr<PathHost>& host_a, InprocPath& b,
+                      const std::shared_ptr<PathHost>& host_b) {
     a.peer_ = host_b;
     b.peer_ = host_a;
     for (const auto& copier : a.copiers_) {
@@ -125,7 +128,8 @@ void InprocPath::deliver(PathHost& to, std::span<const std::byte> bytes) {
     to.heard();
     try {
         while (!bytes.empty()) {
-            const auto header = protocol::decode_header(std::span<const std::byte, kHeaderNbytes>(bytes.first(kHeaderNbytes)), false);
+            const auto header = protocol::decode_header(
+                std::span<const std::byte, kHeaderNbytes>(bytes.first(kHeaderNbytes)), false);
             to.receive(header, bytes.subspan(kHeaderNbytes, header.body_nbytes));
             bytes = bytes.subspan(kHeaderNbytes + header.body_nbytes);
         }

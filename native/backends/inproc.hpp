@@ -1,8 +1,8 @@
 // Two endpoints in one process: the smallest complete memory backend.
 //
-// Control frames are handed over as bytes and parsed like a stranger's; payload is one copy from block to block, made by the
-// destination's movers. It shows what the seam asks of a backend whose destination copies. Invariant: while a copy runs, the
-// source's record is lent, and quiesce() waits for it: a chunk's time.
+// Control frames are handed over as bytes and parsed like a stranger's; payload is one copy from block to
+// block, made by the destination's movers. It shows what the seam asks of a backend whose destination copies.
+// Invariant: while a copy runs, the source's record is lent, and quiesce() waits for it: a chunk's time.
 #pragma once
 
 #include <atomic>
@@ -16,11 +16,13 @@ namespace kvt::backends {
 
 class InprocPath final : public Path, public std::enable_shared_from_this<InprocPath> {
   public:
-    InprocPath(const std::shared_ptr<PathHost>& host, std::vector<Mover*> movers, protocol::DigestKind digest);
+    InprocPath(const std::shared_ptr<PathHost>& host, std::vector<Mover*> movers,
+               protocol::DigestKind digest);
     ~InprocPath() override;
 
     /// Each becomes the other's peer. Before open().
-    static void join(InprocPath& a, const std::shared_ptr<PathHost>& host_a, InprocPath& b, const std::shared_ptr<PathHost>& host_b);
+    static void join(InprocPath& a, const std::shared_ptr<PathHost>& host_a, InprocPath& b,
+                     const std::shared_ptr<PathHost>& host_b);
 
     const char* name() const noexcept override { return "inproc"; }
     bool memory_backend() const noexcept override { return true; }

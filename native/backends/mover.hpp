@@ -12,8 +12,8 @@ class Mover final : public EventLoop {
   public:
     explicit Mover(int cpu) : EventLoop("kvt-mover", cpu) {}
 
-    /// On this loop's thread only. Made at first use: an endpoint that moves nothing holds none. 256 KiB stay in the
-    /// second-level cache between the copy and the system call.
+    /// On this loop's thread only. Made at first use: an endpoint that moves nothing holds none. 256 KiB stay
+    /// in the second-level cache between the copy and the system call.
     protocol::Staging staging() {
         constexpr std::size_t kNbytes = 256u << 10;
         if (!scratch_) {

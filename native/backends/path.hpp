@@ -1,9 +1,10 @@
 // The seam: what a backend does for one connection, and what it may ask of it.
 //
-// A Path moves the bytes between two memories: control frames as a byte stream, payload by lanes (the source writes
-// chunks) or by copies (the destination fetches). It knows nothing of KV, layouts or messages. Promised to the engine:
-// nothing here blocks except drive(); after quiesce(t) returns, no store to and no load from t's memory is made for t; close()
-// shuts the sockets, and who is inside leaves at its next call. Not promised: any order between lanes, or between lanes and control.
+// A Path moves the bytes between two memories: control frames as a byte stream, payload by lanes (the source
+// writes chunks) or by copies (the destination fetches). It knows nothing of KV, layouts or messages.
+// Promised to the engine: nothing here blocks except drive(); after quiesce(t) returns, no store to and no
+// load from t's memory is made for t; close() shuts the sockets, and who is inside leaves at its next call.
+// Not promised: any order between lanes, or between lanes and control.
 #pragma once
 
 #include <cstdint>
@@ -15,18 +16,20 @@
 
 namespace kvt::backends {
 
-/// The engine's side of the seam. Every member takes the session's lock itself; none may be called with a path's lock held
-/// that quiesce() takes, except those of LaneHost.
+/// The engine's side of the seam. Every member takes the session's lock itself; none may be called with a
+/// path's lock held that quiesce() takes, except those of LaneHost.
 class PathHost : public protocol::LaneHost {
   public:
-    /// Acts on the session's output: writes control, quiesces, completes, kicks. Call it after anything changed.
+    /// Acts on the session's output: writes control, quiesces, completes, kicks. Call it after anything
+    /// changed.
     virtual void settle() = 0;
     /// Moves the session's outgoing control bytes to the end of `out`; false if there were none.
     virtual bool take_control(protocol::Bytes& out) = 0;
     /// One verified control frame. Throws protocol::Violation or Excess.
     virtual void receive(const protocol::Header& header, std::span<const std::byte> body) = 0;
     /// A chunk that came inline: header, payload and trailer.
-    virtual void receive_inline(const protocol::Header& header, std::span<const std::byte> payload, const protocol::Trailer& trailer) = 0;
+    virtual void receive_inline(const protocol::Header& header, std::span<const std::byte> payload,
+                                const protocol::Trailer& trailer) = 0;
     virtual std::optional<protocol::ChunkJob> next_chunk() = 0;
     virtual std::optional<protocol::ChunkTarget> next_copy() = 0;
     virtual bool has_payload() = 0;
@@ -37,7 +40,8 @@ class PathHost : public protocol::LaneHost {
     virtual void lane_broke(const std::string& reason) = 0;
     virtual bool is_lost() const noexcept = 0;
 
-    // For backends where the destination copies within this process: the source's record, held while its memory is read.
+    // For backends where the destination copies within this process: the source's record, held while its
+    // memory is read.
     /// Null when the source has ended.
     virtual protocol::TransferPtr lend(std::uint64_t offer) = 0;
     virtual void returned(const protocol::TransferPtr& transfer) = 0;
@@ -53,12 +57,12 @@ class Path {
 
     /// Writes what take_control() gives, as far as it goes without blocking.
     virtual void flush_control() = 0;
-    /// Payload may be ready. `small_nbytes` > 0: the caller has just posted a transfer of that many bytes and nothing else is
-    /// queued, so that it may as well write it itself.
+    /// Payload may be ready. `small_nbytes` > 0: the caller has just posted a transfer of that many bytes and
+    /// nothing else is queued, so that it may as well write it itself.
     virtual void kick(std::uint64_t small_nbytes) = 0;
     virtual void quiesce(const protocol::TransferPtr& transfer) = 0;
-    /// The calling thread does the control stream's work until `stop` says so, `until`, or `wake_fd` is readable. False at
-    /// once when another thread does it already.
+    /// The calling thread does the control stream's work until `stop` says so, `until`, or `wake_fd` is
+    /// readable. False at once when another thread does it already.
     class StopCondition {
       public:
         virtual ~StopCondition() = default;

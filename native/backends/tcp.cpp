@@ -15,7 +15,8 @@ constexpr std::uint64_t kWriteHereNbytes = 256u << 10;
 
 void tune(int fd, int buffer_nbytes) {
     const int one = 1;
-    ::setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);    // fails on unix sockets, which have no such delay
+    ::setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one,
+                 sizeof one);  // fails on unix sockets, which have no such delay
     if (buffer_nbytes > 0) {
         ::setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &buffer_nbytes, sizeof buffer_nbytes);
         ::setsockopt(fd, SOL_SOCKET, SO_RCVBUF, &buffer_nbytes, sizeof buffer_nbytes);
@@ -24,8 +25,13 @@ void tune(int fd, int buffer_nbytes) {
 
 }  // namespace
 
-TcpPath::TcpPath(std::shared_ptr<PathHost> host, EventLoop& reactor, std::vector<Mover*> movers, Fd control, TcpOptions options)
-    : keep_host_(host), host_(*host), reactor_(reactor), movers_(std::move(movers)), options_(std::move(options)) {
+TcpPath::TcpPath(std::shared_ptr<PathHost> host, EventLoop& reactor, std::vector<Mover*> movers, Fd control,
+                 TcpOptions options)
+    : keep_host_(host),
+      host_(*host),
+      reactor_(reactor),
+      movers_(std::move(movers)),
+      options_(std::move(options)) {
     tune(control.get(), 0);
     control_ = std::make_shared<TcpControl>(host_, host, reactor_, std::move(control));
     reserved_.assign(options_.lanes, false);
@@ -50,7 +56,8 @@ void TcpPath::add_lane(Fd fd, std::uint32_t number) {
         return;
     }
     tune(fd.get(), options_.socket_buffer_nbytes);
-    auto lane = std::make_shared<TcpLane>(host_, host, *movers_[number % movers_.size()], std::move(fd), options_.digest);
+    auto lane = std::make_shared<TcpLane>(host_, host, *movers_[number % movers_.size()], std::move(fd),
+                                          options_.digest);
     {
         const std::lock_guard lock(lanes_mutex_);
         if (closed_) {
@@ -59,7 +66,7 @@ void TcpPath::add_lane(Fd fd, std::uint32_t number) {
         lanes_.push_back(lane);
     }
     lane->start();
-    lane->kick();    // payload may have been waiting for a lane
+    lane->kick();  // payload may have been waiting for a lane
 }
 
 unsigned TcpPath::lanes_up() const {

@@ -1,8 +1,9 @@
 // TCP and unix stream sockets: one control connection and N lanes to one peer.
 //
-// Lives here: sockets, partial reads and writes, which thread does them. Does not live here: dialling and accepting (Python,
-// engine/admission), frames' meaning (protocol). Invariants: each socket has one owner (the reactor for control, a mover for
-// each lane) and each direction one lock; whoever holds it does the work. Payload goes straight between socket and blocks.
+// Lives here: sockets, partial reads and writes, which thread does them. Does not live here: dialling and
+// accepting (Python, engine/admission), frames' meaning (protocol). Invariants: each socket has one owner
+// (the reactor for control, a mover for each lane) and each direction one lock; whoever holds it does the
+// work. Payload goes straight between socket and blocks.
 #pragma once
 
 #include <atomic>
@@ -52,7 +53,7 @@ class TcpControl final : public Pollable, public std::enable_shared_from_this<Tc
     EventLoop& reactor_;
     Fd fd_;
 
-    std::mutex rx_mutex_;    // held by whoever reads and acts on frames
+    std::mutex rx_mutex_;  // held by whoever reads and acts on frames
     protocol::Bytes rx_;
     std::size_t rx_begin_ = 0, rx_end_ = 0;
 
@@ -66,9 +67,13 @@ class TcpControl final : public Pollable, public std::enable_shared_from_this<Tc
 };
 
 /// One lane's socket.
-class TcpLane final : public Pollable, public Runnable, public protocol::LaneHost, public std::enable_shared_from_this<TcpLane> {
+class TcpLane final : public Pollable,
+                      public Runnable,
+                      public protocol::LaneHost,
+                      public std::enable_shared_from_this<TcpLane> {
   public:
-    TcpLane(PathHost& host, std::shared_ptr<void> keep_host, Mover& mover, Fd fd, protocol::DigestKind digest);
+    TcpLane(PathHost& host, std::shared_ptr<void> keep_host, Mover& mover, Fd fd,
+            protocol::DigestKind digest);
 
     void start();
     void kick();
@@ -79,8 +84,11 @@ class TcpLane final : public Pollable, public Runnable, public protocol::LaneHos
     void quiesce(const protocol::Transfer* transfer);
     void close();
 
-    protocol::ChunkTarget chunk_begin(const protocol::Header& header) override { return host_.chunk_begin(header); }
-    void chunk_end(const protocol::ChunkTarget& target, const protocol::Trailer& trailer, bool verified) override;
+    protocol::ChunkTarget chunk_begin(const protocol::Header& header) override {
+        return host_.chunk_begin(header);
+    }
+    void chunk_end(const protocol::ChunkTarget& target, const protocol::Trailer& trailer,
+                   bool verified) override;
     void chunk_left(const protocol::ChunkJob& job, bool whole, bool begun) override;
 
   private:
@@ -102,7 +110,8 @@ class TcpLane final : public Pollable, public Runnable, public protocol::LaneHos
 
 class TcpPath final : public Path {
   public:
-    TcpPath(std::shared_ptr<PathHost> host, EventLoop& reactor, std::vector<Mover*> movers, Fd control, TcpOptions options);
+    TcpPath(std::shared_ptr<PathHost> host, EventLoop& reactor, std::vector<Mover*> movers, Fd control,
+            TcpOptions options);
     ~TcpPath() override;
 
     void start();
@@ -116,7 +125,9 @@ class TcpPath final : public Path {
     void flush_control() override { control_->flush(); }
     void kick(std::uint64_t small_nbytes) override;
     void quiesce(const protocol::TransferPtr& transfer) override;
-    bool drive(const StopCondition& stop, int wake_fd, std::int64_t until) override { return control_->drive(stop, wake_fd, until); }
+    bool drive(const StopCondition& stop, int wake_fd, std::int64_t until) override {
+        return control_->drive(stop, wake_fd, until);
+    }
     void read_last_words() override { control_->read_last_words(); }
     void close() override;
 

@@ -19,7 +19,9 @@ namespace {
 
 constexpr std::size_t kReadNbytes = 32u << 10;
 
-std::string reset_reason(int error) { return std::string("reset: ") + (error == 0 ? "the peer's end was closed" : std::strerror(error)); }
+std::string reset_reason(int error) {
+    return std::string("reset: ") + (error == 0 ? "the peer's end was closed" : std::strerror(error));
+}
 
 }  // namespace
 
@@ -31,7 +33,8 @@ void TcpControl::start() { reactor_.add(fd_.get(), EPOLLIN, shared_from_this());
 void TcpControl::set_interest() {
     const std::lock_guard lock(interest_mutex_);
     if (!closed_) {
-        reactor_.modify(fd_.get(), (driven_ ? 0u : static_cast<unsigned>(EPOLLIN)) | (blocked_ ? static_cast<unsigned>(EPOLLOUT) : 0u));
+        reactor_.modify(fd_.get(), (driven_ ? 0u : static_cast<unsigned>(EPOLLIN)) |
+                                       (blocked_ ? static_cast<unsigned>(EPOLLOUT) : 0u));
     }
 }
 
@@ -49,7 +52,7 @@ void TcpControl::on_events(std::uint32_t events) {
         flush();
     }
     if ((events & (EPOLLIN | EPOLLHUP | EPOLLERR)) == 0 || !rx_mutex_.try_lock()) {
-        return;    // another thread reads, and looks again before it leaves
+        return;  // another thread reads, and looks again before it leaves
     }
     const std::lock_guard lock(rx_mutex_, std::adopt_lock);
     if (read_frames() == Read::progress) {
@@ -92,7 +95,7 @@ TcpControl::Read TcpControl::read_frames() {
         return Read::dead;
     }
     if (rx_begin_ == rx_end_ && rx_.size() > 2 * kReadNbytes) {
-        rx_ = protocol::Bytes();    // a large frame has passed: an idle connection holds no megabyte
+        rx_ = protocol::Bytes();  // a large frame has passed: an idle connection holds no megabyte
         rx_begin_ = rx_end_ = 0;
     }
     return host_.is_lost() ? Read::dead : Read::progress;
@@ -107,7 +110,8 @@ bool TcpControl::parse() {
         return false;
     }
     const std::byte* at = rx_.data() + rx_begin_;
-    const protocol::Header header = protocol::decode_header(std::span<const std::byte, kHeaderNbytes>(at, kHeaderNbytes), false);
+    const protocol::Header header = protocol::decode_header(
+        std::span<const std::byte, kHeaderNbytes>(at, kHeaderNbytes), false);
     const bool chunk = header.type == protocol::FrameType::chunk;
     const std::size_t need = kHeaderNbytes + header.body_nbytes + (chunk ? kTrailerNbytes : 0);
     if (have < need) {
@@ -118,7 +122,8 @@ bool TcpControl::parse() {
     }
     const std::span<const std::byte> body(at + kHeaderNbytes, header.body_nbytes);
     if (chunk) {
-        const std::span<const std::byte, kTrailerNbytes> trailer(at + kHeaderNbytes + header.body_nbytes, kTrailerNbytes);
+        const std::span<const std::byte, kTrailerNbytes> trailer(at + kHeaderNbytes + header.body_nbytes,
+                                                                 kTrailerNbytes);
         host_.receive_inline(header, body, protocol::decode_trailer(trailer));
     } else {
         host_.receive(header, body);
@@ -168,7 +173,7 @@ bool TcpControl::drive(const Path::StopCondition& stop, int wake_fd, std::int64_
 
 void TcpControl::read_last_words() {
     if (!rx_mutex_.try_lock()) {
-        return;    // who reads now reads to the end
+        return;  // who reads now reads to the end
     }
     const std::lock_guard lock(rx_mutex_, std::adopt_lock);
     while (!host_.is_lost() && read_frames() == Read::progress) {
@@ -191,7 +196,7 @@ void TcpControl::write_out() {
     {
         const std::lock_guard lock(interest_mutex_);
         if (blocked_ || closed_) {
-            return;    // EPOLLOUT brings us back
+            return;  // EPOLLOUT brings us back
         }
     }
     for (;;) {
@@ -205,7 +210,8 @@ void TcpControl::write_out() {
                 return;
             }
         }
-        const auto n = ::send(fd_.get(), tx_.data() + tx_at_, tx_.size() - tx_at_, MSG_DONTWAIT | MSG_NOSIGNAL);
+        const auto n = ::send(fd_.get(), tx_.data() + tx_at_, tx_.size() - tx_at_,
+                              MSG_DONTWAIT | MSG_NOSIGNAL);
         if (n > 0) {
             tx_at_ += static_cast<std::size_t>(n);
             host_.spoke();
@@ -217,7 +223,7 @@ void TcpControl::write_out() {
             set_interest();
             return;
         } else if (errno != EINTR) {
-            return;    // the reading side finds out why, and says so
+            return;  // the reading side finds out why, and says so
         }
     }
 }

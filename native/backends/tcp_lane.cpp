@@ -15,16 +15,20 @@ using protocol::Cause;
 
 namespace {
 
-constexpr std::size_t kIov = 1024;    // IOV_MAX
+constexpr std::size_t kIov = 1024;  // IOV_MAX
 // What a turn may move before the lane's neighbours and the other direction get theirs.
 constexpr std::size_t kTurnNbytes = 1u << 20;
 
-// With digests a piece of I/O must still be in the second-level cache when it is digested (512 KiB lost 15 %).
-std::size_t io_nbytes_for(protocol::DigestKind digest) { return digest == protocol::DigestKind::none ? 1u << 20 : 256u << 10; }
+// With digests a piece of I/O must still be in the second-level cache when it is digested (512 KiB lost 15
+// %).
+std::size_t io_nbytes_for(protocol::DigestKind digest) {
+    return digest == protocol::DigestKind::none ? 1u << 20 : 256u << 10;
+}
 
 }  // namespace
 
-TcpLane::TcpLane(PathHost& host, std::shared_ptr<void> keep_host, Mover& mover, Fd fd, protocol::DigestKind digest)
+TcpLane::TcpLane(PathHost& host, std::shared_ptr<void> keep_host, Mover& mover, Fd fd,
+                 protocol::DigestKind digest)
     : host_(host),
       keep_host_(std::move(keep_host)),
       mover_(mover),
@@ -54,7 +58,7 @@ bool TcpLane::run() {
     if (!host || closed_.load()) {
         return false;
     }
-    const Turn read = read_turn();    // first: two sides that send at once would wait for each other
+    const Turn read = read_turn();  // first: two sides that send at once would wait for each other
     if (read == Turn::dead) {
         return false;
     }
@@ -65,7 +69,8 @@ bool TcpLane::run() {
     return read == Turn::more || write == Turn::more;
 }
 
-void TcpLane::chunk_end(const protocol::ChunkTarget& target, const protocol::Trailer& trailer, bool verified) {
+void TcpLane::chunk_end(const protocol::ChunkTarget& target, const protocol::Trailer& trailer,
+                        bool verified) {
     dirty_.store(true, std::memory_order_relaxed);
     host_.chunk_end(target, trailer, verified);
 }
@@ -98,12 +103,13 @@ TcpLane::Turn TcpLane::read_turn() {
                 continue;
             }
             if (n <= 0) {
-                wrong = std::string("reset: ") + (n == 0 ? "a lane's other end was closed" : std::strerror(errno));
+                wrong = std::string("reset: ") +
+                        (n == 0 ? "a lane's other end was closed" : std::strerror(errno));
             } else {
                 moved += static_cast<std::size_t>(n);
                 host_.heard();
                 if (static_cast<std::size_t>(n) < asked) {
-                    readable_.store(false);    // edge-triggered: whatever comes later is a new edge
+                    readable_.store(false);  // edge-triggered: whatever comes later is a new edge
                 }
                 if (protocol::Transfer* transfer = reader_.transfer()) {
                     transfer->moved_at.store(monotonic_ns(), std::memory_order_relaxed);
@@ -151,7 +157,7 @@ TcpLane::Turn TcpLane::write_turn(const protocol::Staging& staging, std::size_t 
             continue;
         }
         if (n < 0) {
-            writable_.store(false);    // full, or broken: then the reading side says so
+            writable_.store(false);  // full, or broken: then the reading side says so
             return Turn::idle;
         }
         moved += static_cast<std::size_t>(n);
@@ -173,7 +179,7 @@ bool TcpLane::write_from_here() {
     write_turn({}, kTurnNbytes, true);
     const std::lock_guard lock(tx_mutex_);
     if (!writer_.idle()) {
-        kick();    // the socket was full: the mover goes on
+        kick();  // the socket was full: the mover goes on
     }
     return true;
 }

@@ -21,12 +21,17 @@ namespace {
 constexpr std::uint64_t kWakeToken = 0;
 constexpr int kMaxEvents = 64;
 
-[[noreturn]] void raise_errno(const char* what) { throw std::system_error(errno, std::generic_category(), what); }
+[[noreturn]] void raise_errno(const char* what) {
+    throw std::system_error(errno, std::generic_category(), what);
+}
 
 }  // namespace
 
 EventLoop::EventLoop(const char* name, int cpu)
-    : name_(name), cpu_(cpu), epoll_(::epoll_create1(EPOLL_CLOEXEC)), wake_(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) {
+    : name_(name),
+      cpu_(cpu),
+      epoll_(::epoll_create1(EPOLL_CLOEXEC)),
+      wake_(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) {
     if (!epoll_ || !wake_) {
         raise_errno("epoll or eventfd");
     }
@@ -89,7 +94,7 @@ void EventLoop::modify(int fd, std::uint32_t events) {
 }
 
 void EventLoop::remove(int fd) {
-    std::shared_ptr<Pollable> last;    // destroyed outside of the lock
+    std::shared_ptr<Pollable> last;  // destroyed outside of the lock
     const std::lock_guard lock(mutex_);
     const auto known = by_fd_.find(fd);
     if (known == by_fd_.end()) {
@@ -120,7 +125,8 @@ void EventLoop::enqueue(std::shared_ptr<Runnable> work) {
     wake();
 }
 
-// Milliseconds are too coarse for the 200 us look at a progress word, hence epoll_pwait2 (Linux 5.11) where it is.
+// Milliseconds are too coarse for the 200 us look at a progress word, hence epoll_pwait2 (Linux 5.11) where
+// it is.
 int EventLoop::wait(void* events, int most, std::int64_t until) noexcept {
     auto* out = static_cast<epoll_event*>(events);
     if (until == INT64_MAX) {
@@ -186,7 +192,7 @@ void EventLoop::main() {
         cpu_set_t one;
         CPU_ZERO(&one);
         CPU_SET(cpu_, &one);
-        pthread_setaffinity_np(pthread_self(), sizeof one, &one);    // a core that isn't ours: stay unpinned
+        pthread_setaffinity_np(pthread_self(), sizeof one, &one);  // a core that isn't ours: stay unpinned
     }
     std::int64_t next = 0;
     bool busy = false;

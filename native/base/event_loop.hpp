@@ -1,8 +1,8 @@
 // A thread over epoll: the reactor and each mover is one.
 //
-// Lives here: waiting, waking, dispatch, the lifetime of what is dispatched to. Does not live here: what the events mean.
-// Invariant: no Pollable is called after remove() and its last shared_ptr are gone; wake() from any thread is never lost and
-// costs a system call only when the loop sleeps.
+// Lives here: waiting, waking, dispatch, the lifetime of what is dispatched to. Does not live here: what the
+// events mean. Invariant: no Pollable is called after remove() and its last shared_ptr are gone; wake() from
+// any thread is never lost and costs a system call only when the loop sleeps.
 #pragma once
 
 #include <atomic>
@@ -50,7 +50,8 @@ class EventLoop {
     bool on_this_thread() const noexcept { return std::this_thread::get_id() == thread_.get_id(); }
 
   protected:
-    /// After each round of events: does what is due and returns when it wants to be called next (monotonic ns; INT64_MAX never).
+    /// After each round of events: does what is due and returns when it wants to be called next (monotonic
+    /// ns; INT64_MAX never).
     virtual std::int64_t on_turn() { return INT64_MAX; }
 
   private:

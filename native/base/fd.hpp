@@ -1,7 +1,8 @@
 // Owned file descriptors that a forked child closes.
 //
-// Lives here: ownership and the registry behind pthread_atfork. Invariant: every descriptor of an engine is held by an Fd,
-// so that a child of fork() holds none of them: its sockets would keep a dead parent's connections alive.
+// Lives here: ownership and the registry behind pthread_atfork. Invariant: every descriptor of an engine is
+// held by an Fd, so that a child of fork() holds none of them: its sockets would keep a dead parent's
+// connections alive.
 #pragma once
 
 #include <cstdint>
@@ -33,7 +34,8 @@ class Fd {
     int fd_ = -1;
 };
 
-/// Counts the forks that this process is a child of; an engine made under another number is not ours to touch.
+/// Counts the forks that this process is a child of; an engine made under another number is not ours to
+/// touch.
 std::uint64_t fork_generation() noexcept;
 
 }  // namespace kvt

@@ -23,16 +23,19 @@ nb::tuple event_tuple(const engine::Event& event) {
     using Kind = engine::Event::Kind;
     switch (event.kind) {
         case Kind::accepted:
-            return nb::make_tuple("accepted", event.listener, event.fd, nb::bytes(event.preamble.data(), event.preamble.size()));
+            return nb::make_tuple("accepted", event.listener, event.fd,
+                                  nb::bytes(event.preamble.data(), event.preamble.size()));
         case Kind::lost:
-            return nb::make_tuple("lost", nb::bytes(event.session_id.data(), event.session_id.size()), event.cause, event.text);
+            return nb::make_tuple("lost", nb::bytes(event.session_id.data(), event.session_id.size()),
+                                  event.cause, event.text);
         case Kind::messages: return nb::make_tuple("message");
         case Kind::log: break;
     }
     return nb::make_tuple("log", event.level, event.text);
 }
 
-protocol::SessionConfig session_config(const std::string& protection, std::uint64_t chunk_nbytes, bool memory_backend) {
+protocol::SessionConfig session_config(const std::string& protection, std::uint64_t chunk_nbytes,
+                                       bool memory_backend) {
     protocol::SessionConfig config;
     config.memory_backend = memory_backend;
     config.chunk_nbytes = chunk_nbytes;
@@ -47,8 +50,9 @@ protocol::SessionConfig session_config(const std::string& protection, std::uint6
 }  // namespace
 
 /// Shared with bind_session: what an opened session needs.
-void attach_tcp(PySession& session, int control_fd, const std::string& session_id, const std::string& protection, unsigned lanes,
-                std::uint64_t chunk_nbytes, int peer_pid, const std::string& backend, std::uint32_t unmatched, std::uint32_t regions,
+void attach_tcp(PySession& session, int control_fd, const std::string& session_id,
+                const std::string& protection, unsigned lanes, std::uint64_t chunk_nbytes, int peer_pid,
+                const std::string& backend, std::uint32_t unmatched, std::uint32_t regions,
                 int socket_buffer_nbytes) {
     Fd control(control_fd);
     ::fcntl(control_fd, F_SETFL, ::fcntl(control_fd, F_GETFL) | O_NONBLOCK);
@@ -57,7 +61,8 @@ void attach_tcp(PySession& session, int control_fd, const std::string& session_i
     config.unmatched = unmatched;
     config.regions = regions;
     backends::TcpOptions options{lanes, socket_buffer_nbytes, config.digest, backend};
-    auto path = std::make_shared<backends::TcpPath>(session.connection, engine.reactor(), engine.movers(), std::move(control), options);
+    auto path = std::make_shared<backends::TcpPath>(session.connection, engine.reactor(), engine.movers(),
+                                                    std::move(control), options);
     engine.rename(session.connection, session_id);
     session.connection->open(path, config);
     path->start();
@@ -73,30 +78,37 @@ void attach_tcp(PySession& session, int control_fd, const std::string& session_i
 
 namespace {
 
-PySession open_session(PyEngine& self, int control_fd, nb::bytes session_id, bool, nb::bytes, const std::string& protection, unsigned lanes,
-                       std::uint64_t chunk_nbytes, int peer_pid, std::uint64_t, const std::string& backend, std::uint32_t unmatched,
+PySession open_session(PyEngine& self, int control_fd, nb::bytes session_id, bool, nb::bytes,
+                       const std::string& protection, unsigned lanes, std::uint64_t chunk_nbytes,
+                       int peer_pid, std::uint64_t, const std::string& backend, std::uint32_t unmatched,
                        std::uint32_t regions, int socket_buffer_nbytes) {
     require_alive(*self.engine);
     const std::string id(session_id.c_str(), session_id.size());
     return translate([&] {
         PySession session{self.engine, self.engine->new_connection(id), nullptr, 0};
-        attach_tcp(session, control_fd, id, protection, lanes, chunk_nbytes, peer_pid, backend, unmatched, regions, socket_buffer_nbytes);
+        attach_tcp(session, control_fd, id, protection, lanes, chunk_nbytes, peer_pid, backend, unmatched,
+                   regions, socket_buffer_nbytes);
         return session;
     });
 }
 
-nb::tuple open_inproc_pair(PyEngine& self, PyEngine& other, nb::bytes session_id, const std::string& protection, PySession* mine,
-                           PySession* theirs) {
+nb::tuple open_inproc_pair(PyEngine& self, PyEngine& other, nb::bytes session_id,
+                           const std::string& protection, PySession* mine, PySession* theirs) {
     require_alive(*self.engine);
     const std::string id(session_id.c_str(), session_id.size());
     auto pair = translate([&] {
         const auto config = session_config(protection, 0, true);
         // One session id names both ends; an engine joined to itself needs two.
         const std::string other_id = self.engine == other.engine ? id + "+" : id;
-        PySession a = mine != nullptr ? *mine : PySession{self.engine, self.engine->new_connection(id), nullptr, 0};
-        PySession b = theirs != nullptr ? *theirs : PySession{other.engine, other.engine->new_connection(other_id), nullptr, 0};
-        auto path_a = std::make_shared<backends::InprocPath>(a.connection, self.engine->movers(), config.digest);
-        auto path_b = std::make_shared<backends::InprocPath>(b.connection, other.engine->movers(), config.digest);
+        PySession a = mine != nullptr ? *mine
+                                      : PySession{self.engine, self.engine->new_connection(id), nullptr, 0};
+        PySession b = theirs != nullptr
+                          ? *theirs
+                          : PySession{other.engine, other.engine->new_connection(other_id), nullptr, 0};
+        auto path_a = std::make_shared<backends::InprocPath>(a.connection, self.engine->movers(),
+                                                             config.digest);
+        auto path_b = std::make_shared<backends::InprocPath>(b.connection, other.engine->movers(),
+                                                             config.digest);
         backends::InprocPath::join(*path_a, a.connection, *path_b, b.connection);
         self.engine->rename(a.connection, id);
         other.engine->rename(b.connection, other_id);
@@ -119,13 +131,15 @@ nb::list recv_messages(PyEngine& self, double timeout_s) {
     });
     nb::list out;
     for (const auto& message : got) {
-        out.append(nb::make_tuple(nb::bytes(message.session_id.data(), message.session_id.size()),
-                                  nb::bytes(reinterpret_cast<const char*>(message.data.data()), message.data.size())));
+        out.append(nb::make_tuple(
+            nb::bytes(message.session_id.data(), message.session_id.size()),
+            nb::bytes(reinterpret_cast<const char*>(message.data.data()), message.data.size())));
     }
     return out;
 }
 
-PyPool make_pool(PyEngine& engine, nb::object name, nb::list groups, nb::list layers, bool named, bool writable) {
+PyPool make_pool(PyEngine& engine, nb::object name, nb::list groups, nb::list layers, bool named,
+                 bool writable) {
     require_alive(*engine.engine);
     try {
         auto shape = to_shape(std::move(groups), std::move(layers), named);
@@ -142,7 +156,8 @@ PyPool make_pool(PyEngine& engine, nb::object name, nb::list groups, nb::list la
 
 bool close_pool(PyPool& self, double timeout_s) {
     require_alive(*self.engine);
-    return wait_with_signals(timeout_s, [&](std::int64_t until) { return self.engine->close_pool(self.pool, until); });
+    return wait_with_signals(timeout_s,
+                             [&](std::int64_t until) { return self.engine->close_pool(self.pool, until); });
 }
 
 }  // namespace
@@ -177,66 +192,85 @@ void bind_engine(nb::module_& m) {
     nb::class_<PyQueue>(m, "Queue")
         .def("__init__", [](PyQueue* self) { new (self) PyQueue{std::make_shared<engine::Queue>()}; })
         .def("fileno", [](const PyQueue& self) { return self.queue->fd(); })
-        .def("push", [](const PyQueue& self, std::uint64_t tag) { self.queue->signal(tag); }, nb::arg("tag"))
+        .def(
+            "push", [](const PyQueue& self, std::uint64_t tag) { self.queue->signal(tag); }, nb::arg("tag"))
         .def("poll", [](const PyQueue& self) { return self.queue->poll(); });
 
     nb::class_<PyGate>(m, "Gate")
-        .def("__init__", [](PyGate* self, std::uint32_t num_layers) { new (self) PyGate{std::make_shared<engine::LayerGate>(num_layers)}; },
-             nb::arg("num_layers"))
-        .def("mark_ready",
-             [](const PyGate& self, std::uint32_t layer) {
-                 if (layer >= self.gate->num_layers()) {
-                     throw nb::value_error(("the gate has " + std::to_string(self.gate->num_layers()) + " layers, not a layer " +
-                                            std::to_string(layer)).c_str());
-                 }
-                 nb::gil_scoped_release unlocked;
-                 self.gate->mark(layer);
-                 self.gate->kick();
-             },
-             nb::arg("layer"))
-        .def("fail",
-             [](const PyGate& self, std::string reason) {
-                 nb::gil_scoped_release unlocked;
-                 self.gate->fail(std::move(reason));
-                 self.gate->kick();
-             },
-             nb::arg("reason"))
-        .def("word_address", [](const PyGate& self) { return reinterpret_cast<std::uintptr_t>(self.gate->word()); })
+        .def(
+            "__init__",
+            [](PyGate* self, std::uint32_t num_layers) {
+                new (self) PyGate{std::make_shared<engine::LayerGate>(num_layers)};
+            },
+            nb::arg("num_layers"))
+        .def(
+            "mark_ready",
+            [](const PyGate& self, std::uint32_t layer) {
+                if (layer >= self.gate->num_layers()) {
+                    throw nb::value_error(("the gate has " + std::to_string(self.gate->num_layers()) +
+                                           " layers, not a layer " + std::to_string(layer))
+                                              .c_str());
+                }
+                nb::gil_scoped_release unlocked;
+                self.gate->mark(layer);
+                self.gate->kick();
+            },
+            nb::arg("layer"))
+        .def(
+            "fail",
+            [](const PyGate& self, std::string reason) {
+                nb::gil_scoped_release unlocked;
+                self.gate->fail(std::move(reason));
+                self.gate->kick();
+            },
+            nb::arg("reason"))
+        .def("word_address",
+             [](const PyGate& self) { return reinterpret_cast<std::uintptr_t>(self.gate->word()); })
         .def_prop_ro("num_layers", [](const PyGate& self) { return self.gate->num_layers(); });
 
     nb::class_<PyPool>(m, "Pool")
-        .def("__init__",
-             [](PyPool* self, PyEngine& engine, nb::object name, nb::list groups, nb::list layers, bool named, bool writable) {
-                 new (self) PyPool(make_pool(engine, std::move(name), std::move(groups), std::move(layers), named, writable));
-             },
-             nb::arg("engine"), nb::arg("name").none(), nb::arg("groups"), nb::arg("layers"), nb::kw_only(), nb::arg("named"), nb::arg("writable"))
+        .def(
+            "__init__",
+            [](PyPool* self, PyEngine& engine, nb::object name, nb::list groups, nb::list layers, bool named,
+               bool writable) {
+                new (self) PyPool(make_pool(engine, std::move(name), std::move(groups), std::move(layers),
+                                            named, writable));
+            },
+            nb::arg("engine"), nb::arg("name").none(), nb::arg("groups"), nb::arg("layers"), nb::kw_only(),
+            nb::arg("named"), nb::arg("writable"))
         .def("close", &close_pool, nb::arg("timeout_s"))
         .def("in_use", [](const PyPool& self) { return self.pool->in_use(); })
         .def_prop_ro("id", [](const PyPool& self) { return self.pool->id(); });
 
     nb::class_<PyEngine>(m, "Engine")
-        .def("__init__",
-             [](PyEngine* self, nb::bytes incarnation, unsigned movers, std::vector<int> cpus, double dead_after_s, double handshake_timeout_s,
-                std::uint32_t max_pending) {
-                 engine::Options options;
-                 options.incarnation.assign(incarnation.c_str(), incarnation.size());
-                 options.movers = movers;
-                 options.cpus = std::move(cpus);
-                 options.dead_after_ns = static_cast<protocol::Time>(dead_after_s * 1e9);
-                 options.handshake_timeout_ns = static_cast<protocol::Time>(handshake_timeout_s * 1e9);
-                 options.max_pending = max_pending;
-                 new (self) PyEngine{translate([&] { return std::make_shared<engine::Engine>(std::move(options)); })};
-             },
-             nb::arg("incarnation"), nb::kw_only(), nb::arg("movers"), nb::arg("cpus"), nb::arg("dead_after_s"), nb::arg("handshake_timeout_s"),
-             nb::arg("max_pending") = 64)
-        .def("add_listener",
-             [](PyEngine& self, int fd) {
-                 require_alive(*self.engine);
-                 const int own = ::fcntl(fd, F_DUPFD_CLOEXEC, 0);
-                 return self.engine->admission().add_listener(Fd(own));
-             },
-             nb::arg("fd"))
-        .def("remove_listener", [](PyEngine& self, std::uint64_t id) { self.engine->admission().remove_listener(id); }, nb::arg("listener_id"))
+        .def(
+            "__init__",
+            [](PyEngine* self, nb::bytes incarnation, unsigned movers, std::vector<int> cpus,
+               double dead_after_s, double handshake_timeout_s, std::uint32_t max_pending) {
+                engine::Options options;
+                options.incarnation.assign(incarnation.c_str(), incarnation.size());
+                options.movers = movers;
+                options.cpus = std::move(cpus);
+                options.dead_after_ns = static_cast<protocol::Time>(dead_after_s * 1e9);
+                options.handshake_timeout_ns = static_cast<protocol::Time>(handshake_timeout_s * 1e9);
+                options.max_pending = max_pending;
+                new (self)
+                    PyEngine{translate([&] { return std::make_shared<engine::Engine>(std::move(options)); })};
+            },
+            nb::arg("incarnation"), nb::kw_only(), nb::arg("movers"), nb::arg("cpus"),
+            nb::arg("dead_after_s"), nb::arg("handshake_timeout_s"), nb::arg("max_pending") = 64)
+        .def(
+            "add_listener",
+            [](PyEngine& self, int fd) {
+                require_alive(*self.engine);
+                const int own = ::fcntl(fd, F_DUPFD_CLOEXEC, 0);
+                return self.engine->admission().add_listener(Fd(own));
+            },
+            nb::arg("fd"))
+        .def(
+            "remove_listener",
+            [](PyEngine& self, std::uint64_t id) { self.engine->admission().remove_listener(id); },
+            nb::arg("listener_id"))
         .def("event_fd", [](PyEngine& self) { return self.engine->event_fd(); })
         .def("poll_events",
              [](PyEngine& self) {
@@ -246,18 +280,24 @@ void bind_engine(nb::module_& m) {
                  }
                  return out;
              })
-        .def("new_session",
-             [](PyEngine& self, nb::bytes placeholder) {
-                 require_alive(*self.engine);
-                 return PySession{self.engine, self.engine->new_connection(std::string(placeholder.c_str(), placeholder.size())), nullptr, 0};
-             },
-             nb::arg("placeholder"))
-        .def("open_session", &open_session, nb::arg("control_fd"), nb::kw_only(), nb::arg("session_id"), nb::arg("initiator"),
-             nb::arg("peer_incarnation"), nb::arg("protection"), nb::arg("lanes"), nb::arg("chunk_nbytes"), nb::arg("peer_pid"),
-             nb::arg("peer_caps"), nb::arg("backend") = "tcp", nb::arg("max_unmatched") = 1024, nb::arg("max_regions") = 1024,
+        .def(
+            "new_session",
+            [](PyEngine& self, nb::bytes placeholder) {
+                require_alive(*self.engine);
+                return PySession{
+                    self.engine,
+                    self.engine->new_connection(std::string(placeholder.c_str(), placeholder.size())),
+                    nullptr, 0};
+            },
+            nb::arg("placeholder"))
+        .def("open_session", &open_session, nb::arg("control_fd"), nb::kw_only(), nb::arg("session_id"),
+             nb::arg("initiator"), nb::arg("peer_incarnation"), nb::arg("protection"), nb::arg("lanes"),
+             nb::arg("chunk_nbytes"), nb::arg("peer_pid"), nb::arg("peer_caps"), nb::arg("backend") = "tcp",
+             nb::arg("max_unmatched") = 1024, nb::arg("max_regions") = 1024,
              nb::arg("socket_buffer_nbytes") = 0)
-        .def("open_inproc_pair", &open_inproc_pair, nb::arg("other"), nb::kw_only(), nb::arg("session_id"), nb::arg("protection") = "plain",
-             nb::arg("mine").none() = nb::none(), nb::arg("theirs").none() = nb::none())
+        .def("open_inproc_pair", &open_inproc_pair, nb::arg("other"), nb::kw_only(), nb::arg("session_id"),
+             nb::arg("protection") = "plain", nb::arg("mine").none() = nb::none(),
+             nb::arg("theirs").none() = nb::none())
         .def("recv_messages", &recv_messages, nb::arg("timeout_s"))
         .def("forked", [](PyEngine& self) { return self.engine->forked(); })
         .def("close", [](PyEngine& self) { translate([&] { self.engine->close(); }); });

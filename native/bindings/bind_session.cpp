@@ -11,8 +11,9 @@
 
 namespace kvt::bindings {
 
-void attach_tcp(PySession& session, int control_fd, const std::string& session_id, const std::string& protection, unsigned lanes,
-                std::uint64_t chunk_nbytes, int peer_pid, const std::string& backend, std::uint32_t unmatched, std::uint32_t regions,
+void attach_tcp(PySession& session, int control_fd, const std::string& session_id,
+                const std::string& protection, unsigned lanes, std::uint64_t chunk_nbytes, int peer_pid,
+                const std::string& backend, std::uint32_t unmatched, std::uint32_t regions,
                 int socket_buffer_nbytes);
 
 namespace {
@@ -26,8 +27,8 @@ struct Timeouts {
 };
 
 PyTransfer post(PySession& self, protocol::Role role, PyPool& pool, nb::handle ids, nb::handle key,
-                std::optional<std::vector<std::uint32_t>> layers, nb::object heads, PyGate* gate, Timeouts timeouts, nb::bytes meta,
-                PyQueue* queue, std::uint64_t tag) {
+                std::optional<std::vector<std::uint32_t>> layers, nb::object heads, PyGate* gate,
+                Timeouts timeouts, nb::bytes meta, PyQueue* queue, std::uint64_t tag) {
     require_alive(*self.engine);
     if (role == protocol::Role::destination && !pool.pool->writable()) {
         throw nb::value_error("the pool is read-only: it can be sent from, not received into");
@@ -55,7 +56,8 @@ PyTransfer post(PySession& self, protocol::Role role, PyPool& pool, nb::handle i
     return {self.engine, std::move(handle), nullptr};
 }
 
-PyTransfer post_message(PySession& self, nb::bytes data, PyTransfer* after, PyQueue* queue, std::uint64_t tag) {
+PyTransfer post_message(PySession& self, nb::bytes data, PyTransfer* after, PyQueue* queue,
+                        std::uint64_t tag) {
     require_alive(*self.engine);
     const auto* from = reinterpret_cast<const std::byte*>(data.c_str());
     protocol::Bytes bytes(from, from + data.size());
@@ -95,82 +97,111 @@ std::string cause_of(const std::string& reason) { return reason.substr(0, reason
 
 void bind_session(nb::module_& m) {
     nb::class_<PySession>(m, "Session")
-        .def_prop_ro("id", [](const PySession& self) { return nb::bytes(self.connection->session_id().data(), self.connection->session_id().size()); })
-        .def("attach",
-             [](PySession& self, int control_fd, nb::bytes session_id, const std::string& protection, unsigned lanes, std::uint64_t chunk_nbytes,
-                int peer_pid, const std::string& backend, std::uint32_t unmatched, std::uint32_t regions, int socket_buffer_nbytes) {
-                 require_alive(*self.engine);
-                 const std::string id(session_id.c_str(), session_id.size());
-                 translate([&] {
-                     attach_tcp(self, control_fd, id, protection, lanes, chunk_nbytes, peer_pid, backend, unmatched, regions, socket_buffer_nbytes);
-                 });
-             },
-             nb::arg("control_fd"), nb::kw_only(), nb::arg("session_id"), nb::arg("protection"), nb::arg("lanes"), nb::arg("chunk_nbytes"),
-             nb::arg("peer_pid"), nb::arg("backend") = "tcp", nb::arg("max_unmatched") = 1024, nb::arg("max_regions") = 1024,
-             nb::arg("socket_buffer_nbytes") = 0)
-        .def("adopt",
-             [](PySession& self, PySession& other) {
-                 require_alive(*self.engine);
-                 translate([&] { self.connection->adopt(other.connection); });
-             },
-             nb::arg("other"))
-        .def("add_lane",
-             [](PySession& self, int fd, std::uint32_t number) {
-                 translate([&] {
-                     Fd own(fd);
-                     const auto path = std::dynamic_pointer_cast<backends::TcpPath>(self.connection->path());
-                     if (path && path->reserve_lane(number)) {
-                         path->add_lane(std::move(own), number);
-                     }
-                 });
-             },
-             nb::arg("fd"), nb::arg("number"))
+        .def_prop_ro("id",
+                     [](const PySession& self) {
+                         return nb::bytes(self.connection->session_id().data(),
+                                          self.connection->session_id().size());
+                     })
+        .def(
+            "attach",
+            [](PySession& self, int control_fd, nb::bytes session_id, const std::string& protection,
+               unsigned lanes, std::uint64_t chunk_nbytes, int peer_pid, const std::string& backend,
+               std::uint32_t unmatched, std::uint32_t regions, int socket_buffer_nbytes) {
+                require_alive(*self.engine);
+                const std::string id(session_id.c_str(), session_id.size());
+                translate([&] {
+                    attach_tcp(self, control_fd, id, protection, lanes, chunk_nbytes, peer_pid, backend,
+                               unmatched, regions, socket_buffer_nbytes);
+                });
+            },
+            nb::arg("control_fd"), nb::kw_only(), nb::arg("session_id"), nb::arg("protection"),
+            nb::arg("lanes"), nb::arg("chunk_nbytes"), nb::arg("peer_pid"), nb::arg("backend") = "tcp",
+            nb::arg("max_unmatched") = 1024, nb::arg("max_regions") = 1024,
+            nb::arg("socket_buffer_nbytes") = 0)
+        .def(
+            "adopt",
+            [](PySession& self, PySession& other) {
+                require_alive(*self.engine);
+                translate([&] { self.connection->adopt(other.connection); });
+            },
+            nb::arg("other"))
+        .def(
+            "add_lane",
+            [](PySession& self, int fd, std::uint32_t number) {
+                translate([&] {
+                    Fd own(fd);
+                    const auto path = std::dynamic_pointer_cast<backends::TcpPath>(self.connection->path());
+                    if (path && path->reserve_lane(number)) {
+                        path->add_lane(std::move(own), number);
+                    }
+                });
+            },
+            nb::arg("fd"), nb::arg("number"))
         .def("ready",
              [](PySession& self) {
                  const auto path = std::dynamic_pointer_cast<backends::TcpPath>(self.connection->path());
                  return path == nullptr ? self.connection->is_open() : path->lanes_up() >= self.lanes;
              })
-        .def("post_send",
-             [](PySession& self, PyPool& pool, nb::handle ids, nb::handle key, std::optional<std::vector<std::uint32_t>> layers, nb::object heads,
-                PyGate* gate, double match, double stall, double total, nb::bytes meta, PyQueue* queue, std::uint64_t tag) {
-                 return post(self, protocol::Role::source, pool, ids, key, std::move(layers), std::move(heads), gate, {match, stall, total},
-                             std::move(meta), queue, tag);
-             },
-             nb::arg("pool"), nb::arg("ids"), nb::arg("key"), nb::arg("layers").none(), nb::arg("heads").none(), nb::arg("gate").none(),
-             nb::arg("match_timeout_s"), nb::arg("stall_timeout_s"), nb::arg("timeout_s"), nb::arg("meta"), nb::arg("queue").none(),
+        .def(
+            "post_send",
+            [](PySession& self, PyPool& pool, nb::handle ids, nb::handle key,
+               std::optional<std::vector<std::uint32_t>> layers, nb::object heads, PyGate* gate, double match,
+               double stall, double total, nb::bytes meta, PyQueue* queue, std::uint64_t tag) {
+                return post(self, protocol::Role::source, pool, ids, key, std::move(layers), std::move(heads),
+                            gate, {match, stall, total}, std::move(meta), queue, tag);
+            },
+            nb::arg("pool"), nb::arg("ids"), nb::arg("key"), nb::arg("layers").none(),
+            nb::arg("heads").none(), nb::arg("gate").none(), nb::arg("match_timeout_s"),
+            nb::arg("stall_timeout_s"), nb::arg("timeout_s"), nb::arg("meta"), nb::arg("queue").none(),
+            nb::arg("handle_id"))
+        .def(
+            "post_recv",
+            [](PySession& self, PyPool& pool, nb::handle ids, nb::handle key,
+               std::optional<std::vector<std::uint32_t>> layers, nb::object heads, double match, double stall,
+               double total, nb::bytes meta, PyQueue* queue, std::uint64_t tag) {
+                return post(self, protocol::Role::destination, pool, ids, key, std::move(layers),
+                            std::move(heads), nullptr, {match, stall, total}, std::move(meta), queue, tag);
+            },
+            nb::arg("pool"), nb::arg("ids"), nb::arg("key"), nb::arg("layers").none(),
+            nb::arg("heads").none(), nb::arg("match_timeout_s"), nb::arg("stall_timeout_s"),
+            nb::arg("timeout_s"), nb::arg("meta"), nb::arg("queue").none(), nb::arg("handle_id"))
+        .def(
+            "refuse",
+            [](PySession& self, nb::handle key, const std::string& reason, double remember_s) {
+                require_alive(*self.engine);
+                bool text = false;
+                const std::string native = to_key(key, text);
+                translate([&] { self.connection->refuse(native, reason, duration(remember_s)); });
+            },
+            nb::arg("key"), nb::arg("reason"), nb::arg("remember_s"))
+        .def("post_message", &post_message, nb::arg("data"), nb::arg("after").none(), nb::arg("queue").none(),
              nb::arg("handle_id"))
-        .def("post_recv",
-             [](PySession& self, PyPool& pool, nb::handle ids, nb::handle key, std::optional<std::vector<std::uint32_t>> layers, nb::object heads,
-                double match, double stall, double total, nb::bytes meta, PyQueue* queue, std::uint64_t tag) {
-                 return post(self, protocol::Role::destination, pool, ids, key, std::move(layers), std::move(heads), nullptr, {match, stall, total},
-                             std::move(meta), queue, tag);
-             },
-             nb::arg("pool"), nb::arg("ids"), nb::arg("key"), nb::arg("layers").none(), nb::arg("heads").none(), nb::arg("match_timeout_s"),
-             nb::arg("stall_timeout_s"), nb::arg("timeout_s"), nb::arg("meta"), nb::arg("queue").none(), nb::arg("handle_id"))
-        .def("refuse",
-             [](PySession& self, nb::handle key, const std::string& reason, double remember_s) {
-                 require_alive(*self.engine);
-                 bool text = false;
-                 const std::string native = to_key(key, text);
-                 translate([&] { self.connection->refuse(native, reason, duration(remember_s)); });
-             },
-             nb::arg("key"), nb::arg("reason"), nb::arg("remember_s"))
-        .def("post_message", &post_message, nb::arg("data"), nb::arg("after").none(), nb::arg("queue").none(), nb::arg("handle_id"))
-        .def("close",
-             [](PySession& self, const std::string& cause) {
-                 require_alive(*self.engine);
-                 const bool local = cause == "local" || cause == "closed";
-                 translate([&] {
-                     if (local) {
-                         self.connection->close(protocol::Cause::connection_closed, "the connection was closed", true);
-                     } else {
-                         self.connection->close(protocol::Cause::peer_lost, cause, false);
-                     }
-                 });
-             },
-             nb::arg("cause"))
-        .def("state", [](const PySession& self) { return self.connection->is_lost() ? "lost" : self.connection->is_open() ? "open" : "connecting"; })
-        .def("lost_reason", [](const PySession& self) { return nb::make_tuple(cause_of(self.connection->lost_reason()), self.connection->lost_reason()); })
+        .def(
+            "close",
+            [](PySession& self, const std::string& cause) {
+                require_alive(*self.engine);
+                const bool local = cause == "local" || cause == "closed";
+                translate([&] {
+                    if (local) {
+                        self.connection->close(protocol::Cause::connection_closed,
+                                               "the connection was closed", true);
+                    } else {
+                        self.connection->close(protocol::Cause::peer_lost, cause, false);
+                    }
+                });
+            },
+            nb::arg("cause"))
+        .def("state",
+             [](const PySession& self) {
+                 return self.connection->is_lost()   ? "lost"
+                        : self.connection->is_open() ? "open"
+                                                     : "connecting";
+             })
+        .def("lost_reason",
+             [](const PySession& self) {
+                 return nb::make_tuple(cause_of(self.connection->lost_reason()),
+                                       self.connection->lost_reason());
+             })
         .def("backend", [](const PySession& self) { return self.connection->backend(); })
         .def("stats", &stats);
 }

@@ -35,8 +35,9 @@ nb::object result_of(const PyTransfer& self) {
     }
     const engine::Result& r = self.transfer->result;
     const auto seconds = [](std::int64_t ns) { return static_cast<double>(ns) / 1e9; };
-    return nb::make_tuple(r.nbytes, seconds(r.seconds_ns), r.backend, r.blocks, r.runs, r.chunks, r.resumed_nbytes, seconds(r.wire_ns),
-                          seconds(r.queued_ns), nb::bytes(r.meta.data(), r.meta.size()));
+    return nb::make_tuple(r.nbytes, seconds(r.seconds_ns), r.backend, r.blocks, r.runs, r.chunks,
+                          r.resumed_nbytes, seconds(r.wire_ns), seconds(r.queued_ns),
+                          nb::bytes(r.meta.data(), r.meta.size()));
 }
 
 bool wait(const PyTransfer& self, double timeout_s) {
@@ -78,8 +79,11 @@ bool wait_layer(const PyTransfer& self, std::uint32_t layer, double timeout_s) {
         }
         switch (state) {
             case LayerState::landed: return true;
-            case LayerState::unknown: throw nb::value_error(("the transfer has no layer " + std::to_string(layer)).c_str());
-            case LayerState::over: result_of(self); return true;    // raises: a layer that didn't land means an error
+            case LayerState::unknown:
+                throw nb::value_error(("the transfer has no layer " + std::to_string(layer)).c_str());
+            case LayerState::over:
+                result_of(self);
+                return true;  // raises: a layer that didn't land means an error
             case LayerState::waiting: break;
         }
         if (PyErr_CheckSignals() != 0) {
@@ -151,7 +155,8 @@ void bind_transfer(nb::module_& m) {
                  if (self.transfer && !self.transfer->done()) {
                      translate([&] {
                          std::shared_ptr<engine::Connection> asked;
-                         while (asked != self.transfer->connection()) {    // it may be taken over by another meanwhile
+                         while (asked !=
+                                self.transfer->connection()) {  // it may be taken over by another meanwhile
                              asked = self.transfer->connection();
                              asked->cancel(self.transfer);
                          }
@@ -167,8 +172,12 @@ void bind_transfer(nb::module_& m) {
                  return self.transfer->connection()->progress_of(*self.transfer);
              })
         .def("wait_layer", &wait_layer, nb::arg("layer"), nb::arg("timeout_s"))
-        .def("subscribe", [](const PyTransfer& self, PyQueue& queue, std::uint64_t tag) { return self.handle().subscribe(queue.queue, tag); },
-             nb::arg("queue"), nb::arg("handle_id"));
+        .def(
+            "subscribe",
+            [](const PyTransfer& self, PyQueue& queue, std::uint64_t tag) {
+                return self.handle().subscribe(queue.queue, tag);
+            },
+            nb::arg("queue"), nb::arg("handle_id"));
 
     m.def("wait_many", &wait_many, nb::arg("handles"), nb::arg("timeout_s"), nb::arg("all_of"));
 }

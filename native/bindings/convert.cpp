@@ -37,7 +37,7 @@ std::uint32_t one_id(PyObject* item) {
         const long long id = PyLong_AsLongLongAndOverflow(item, &overflow);
         return checked(overflow != 0 ? std::numeric_limits<long long>::min() : id);
     }
-    PyObject* const index = PyNumber_Index(item);    // numpy's integers
+    PyObject* const index = PyNumber_Index(item);  // numpy's integers
     if (index == nullptr) {
         throw nb::python_error();
     }
@@ -103,7 +103,8 @@ IdsPtr from_sequence(nb::handle ids) {
     if (PyUnicode_Check(ids.ptr()) || PyBytes_Check(ids.ptr())) {
         throw nb::type_error("block ids are ints, not text");
     }
-    PyObject* const fast = PySequence_Fast(ids.ptr(), "block ids are a sequence of int, a range, an int32/int64 array, or {group: ids}");
+    PyObject* const fast = PySequence_Fast(
+        ids.ptr(), "block ids are a sequence of int, a range, an int32/int64 array, or {group: ids}");
     if (fast == nullptr) {
         throw nb::python_error();
     }
@@ -144,7 +145,8 @@ std::vector<IdsPtr> to_ids(nb::handle ids, const memory::PoolShape& shape) {
     }
     for (const auto [name, value] : nb::borrow<nb::dict>(ids)) {
         const std::string wanted = nb::cast<std::string>(name);
-        const auto found = std::find_if(groups.begin(), groups.end(), [&](const auto& group) { return group.name == wanted; });
+        const auto found = std::find_if(groups.begin(), groups.end(),
+                                        [&](const auto& group) { return group.name == wanted; });
         if (found == groups.end()) {
             throw nb::value_error(("the pool has no group '" + wanted + "'").c_str());
         }
@@ -171,12 +173,14 @@ std::string to_key(nb::handle key, bool& text) {
 }
 
 std::shared_ptr<memory::PoolShape> to_shape(nb::list groups, nb::list layers, bool named) {
-    using GroupTuple = std::tuple<std::string, std::uint64_t, std::uint64_t, bool, std::string, std::string, std::string, std::uint64_t>;
+    using GroupTuple = std::tuple<std::string, std::uint64_t, std::uint64_t, bool, std::string, std::string,
+                                  std::string, std::uint64_t>;
     using AxisTuple = std::pair<std::uint64_t, std::int64_t>;
     using PartTuple = std::tuple<std::uintptr_t, std::int64_t, std::vector<AxisTuple>, std::uint64_t, int>;
     using LayerTuple = std::tuple<std::string, std::uint32_t, std::vector<PartTuple>>;
     std::vector<memory::Group> native_groups;
-    for (const auto& [name, blocks, heads, opaque, dtype, order, kv, tokens] : nb::cast<std::vector<GroupTuple>>(groups)) {
+    for (const auto& [name, blocks, heads, opaque, dtype, order, kv, tokens] :
+         nb::cast<std::vector<GroupTuple>>(groups)) {
         native_groups.push_back({name, blocks, heads, opaque, dtype, order, kv, tokens});
     }
     std::vector<memory::Layer> native_layers;

@@ -20,7 +20,8 @@ using Row = std::tuple<std::string, std::string, std::string, std::string, std::
 std::vector<Row> transition_rows() {
     std::vector<Row> rows;
     for (const auto& row : kvt::protocol::transition_table()) {
-        rows.emplace_back(name_of(row.role), name_of(row.from), name_of(row.event), name_of(row.to), name_of(row.action));
+        rows.emplace_back(name_of(row.role), name_of(row.from), name_of(row.event), name_of(row.to),
+                          name_of(row.action));
     }
     return rows;
 }
@@ -34,7 +35,8 @@ NB_MODULE(_native, m) {
     kvt::bindings::bind_transfer(m);
     m.def("transfer_table", &transition_rows);
     m.def(
-        "crc32c", [](nanobind::bytes data, std::uint32_t crc) { return kvt::crc32c(crc, data.c_str(), data.size()); }, nanobind::arg("data"),
-        nanobind::arg("crc") = 0);
+        "crc32c",
+        [](nanobind::bytes data, std::uint32_t crc) { return kvt::crc32c(crc, data.c_str(), data.size()); },
+        nanobind::arg("data"), nanobind::arg("crc") = 0);
     m.def("crc32c_kind", [] { return std::string(kvt::crc32c_kind()); });
 }

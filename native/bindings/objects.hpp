@@ -1,4 +1,5 @@
-// The native objects that Python holds. Each keeps the engine alive: an engine is closed by its Endpoint, never by a mover.
+// The native objects that Python holds. Each keeps the engine alive: an engine is closed by its Endpoint,
+// never by a mover.
 #pragma once
 
 #include <nanobind/nanobind.h>
@@ -33,13 +34,15 @@ struct PyPool {
 /// A transfer's or a message's handle.
 struct PyTransfer {
     EnginePtr engine;
-    std::shared_ptr<engine::TransferHandle> transfer;    // one of the two
+    std::shared_ptr<engine::TransferHandle> transfer;  // one of the two
     std::shared_ptr<engine::MessageHandle> message;
 
     engine::Handle& handle() const noexcept {
         return transfer ? static_cast<engine::Handle&>(*transfer) : static_cast<engine::Handle&>(*message);
     }
-    std::shared_ptr<engine::Connection> connection() const { return transfer ? transfer->connection() : message->connection(); }
+    std::shared_ptr<engine::Connection> connection() const {
+        return transfer ? transfer->connection() : message->connection();
+    }
 };
 
 struct PySession {
@@ -51,7 +54,8 @@ struct PySession {
 
 /// Nanoseconds from now, as a point of the monotonic clock; negative seconds: never.
 std::int64_t until_of(double seconds) noexcept;
-/// Waits in slices that end when the interpreter has a signal to handle. `step(until)` returns true when it is over.
+/// Waits in slices that end when the interpreter has a signal to handle. `step(until)` returns true when it
+/// is over.
 bool wait_with_signals(double timeout_s, const std::function<bool(std::int64_t)>& step);
 
 void bind_engine(nanobind::module_& m);

@@ -70,26 +70,43 @@ Shape shape_of(const engine::TransferHandle& handle) {
     const engine::Result& result = handle.result;
     const std::string who = shown_key(handle);
     const std::string& reason = result.outcome.reason;
-    const auto seconds = [](protocol::Time ns) { return std::to_string(static_cast<double>(ns) / 1e9).substr(0, 6) + " s"; };
+    const auto seconds = [](protocol::Time ns) {
+        return std::to_string(static_cast<double>(ns) / 1e9).substr(0, 6) + " s";
+    };
     switch (result.outcome.cause) {
-        case Cause::cancelled: return {"TransferCancelled", who + ": " + (reason.empty() ? "cancelled here" : reason), true};
+        case Cause::cancelled:
+            return {"TransferCancelled", who + ": " + (reason.empty() ? "cancelled here" : reason), true};
         case Cause::timeout_match:
-            return {"TransferTimeout", who + ": the other side did not post this key within match_timeout_s=" + seconds(handle.limits.match), true};
+            return {"TransferTimeout",
+                    who + ": the other side did not post this key within match_timeout_s=" +
+                        seconds(handle.limits.match),
+                    true};
         case Cause::timeout_gate:
-            return {"TransferTimeout", who + ": the source's layer gate stayed shut for match_timeout_s=" + seconds(handle.limits.match), true};
+            return {"TransferTimeout",
+                    who + ": the source's layer gate stayed shut for match_timeout_s=" +
+                        seconds(handle.limits.match),
+                    true};
         case Cause::timeout_bytes:
-            return {"TransferTimeout", who + ": no byte moved for stall_timeout_s=" + seconds(handle.limits.stall), true};
-        case Cause::timeout_total: return {"TransferTimeout", who + ": not done within timeout_s=" + seconds(handle.limits.total), true};
+            return {"TransferTimeout",
+                    who + ": no byte moved for stall_timeout_s=" + seconds(handle.limits.stall), true};
+        case Cause::timeout_total:
+            return {"TransferTimeout", who + ": not done within timeout_s=" + seconds(handle.limits.total),
+                    true};
         case Cause::peer_aborted: return {"PeerAborted", who + ": the peer ended it: " + reason, true};
         case Cause::integrity:
-            return {"IntegrityError", who + ": the digest of what landed doesn't agree with what was sent, in block ids " + corrupt_blocks(result) +
-                                          "; post these again, and look at memory or network hardware", true};
+            return {"IntegrityError",
+                    who + ": the digest of what landed doesn't agree with what was sent, in block ids " +
+                        corrupt_blocks(result) + "; post these again, and look at memory or network hardware",
+                    true};
         case Cause::layout_mismatch:
-            return {"LayoutMismatch", who + ": " + result.outcome.mismatch.path + ": theirs " + result.outcome.mismatch.theirs + ", ours " +
-                                          result.outcome.mismatch.ours, false};
+            return {"LayoutMismatch",
+                    who + ": " + result.outcome.mismatch.path + ": theirs " + result.outcome.mismatch.theirs +
+                        ", ours " + result.outcome.mismatch.ours,
+                    false};
         case Cause::peer_lost: return {"PeerLost", who + ": the connection was lost (" + reason + ")", true};
         case Cause::connection_closed: return {"ConnectionClosed", who + ": " + reason, false};
-        case Cause::protocol_error: return {"RemoteProtocolError", who + ": the peer broke the protocol: " + reason, false};
+        case Cause::protocol_error:
+            return {"RemoteProtocolError", who + ": the peer broke the protocol: " + reason, false};
         case Cause::resource_limit: return {"ResourceLimit", who + ": " + reason, false};
         case Cause::ok: break;
     }
@@ -146,7 +163,9 @@ nb::object error_of(const engine::TransferHandle& handle) {
     attributes["retryable"] = shape.retryable;
     attributes["backend"] = result.backend;
     if (handle.role == protocol::Role::source) {
-        attributes["delivered"] = result.outcome.delivered == protocol::Delivered::unknown ? nb::none() : nb::object(nb::bool_(false));
+        attributes["delivered"] = result.outcome.delivered == protocol::Delivered::unknown
+                                      ? nb::none()
+                                      : nb::object(nb::bool_(false));
     }
     add_class_attributes(attributes, result);
     return make_error(shape.cls, shape.message, attributes);
@@ -158,7 +177,9 @@ nb::object error_of(const engine::MessageHandle& handle) {
     }
     const protocol::Outcome& outcome = handle.result.outcome;
     nb::dict attributes;
-    attributes["delivered"] = outcome.delivered == protocol::Delivered::unknown ? nb::none() : nb::object(nb::bool_(false));
+    attributes["delivered"] = outcome.delivered == protocol::Delivered::unknown
+                                  ? nb::none()
+                                  : nb::object(nb::bool_(false));
     if (outcome.cause == Cause::connection_closed) {
         return make_error("ConnectionClosed", "message: " + outcome.reason, attributes);
     }
@@ -173,11 +194,14 @@ void rethrow() {
         nb::dict attributes;
         switch (lost.cause) {
             case Cause::connection_closed: raise("ConnectionClosed", lost.what());
-            case Cause::protocol_error: raise("RemoteProtocolError", std::string("the connection was closed: the peer broke the protocol: ") + lost.what());
+            case Cause::protocol_error:
+                raise("RemoteProtocolError",
+                      std::string("the connection was closed: the peer broke the protocol: ") + lost.what());
             case Cause::resource_limit: raise("ResourceLimit", lost.what());
             default:
                 attributes["cause"] = split_reason(lost.what()).first;
-                raise("PeerLost", std::string("the connection is lost (") + lost.what() + "); connect again", attributes);
+                raise("PeerLost", std::string("the connection is lost (") + lost.what() + "); connect again",
+                      attributes);
         }
     } catch (const protocol::LocalViolation& forbidden) {
         raise("LocalProtocolError", forbidden.what());
@@ -197,7 +221,8 @@ void rethrow() {
 
 void require_alive(const engine::Engine& engine) {
     if (engine.forked()) {
-        raise("ForkedProcessError", "this process is a fork of the one that made the Endpoint: make a new Endpoint here");
+        raise("ForkedProcessError",
+              "this process is a fork of the one that made the Endpoint: make a new Endpoint here");
     }
 }
 

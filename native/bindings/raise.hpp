@@ -1,7 +1,8 @@
 // From native outcomes to kvtransport's typed errors.
 //
-// The classes live in kvtransport/errors.py and are looked up there when first needed: any of them can be made by
-// cls(message, **attributes). All functions here need the GIL, except translate(), which gives it up meanwhile.
+// The classes live in kvtransport/errors.py and are looked up there when first needed: any of them can be
+// made by cls(message, **attributes). All functions here need the GIL, except translate(), which gives it up
+// meanwhile.
 #pragma once
 
 #include <nanobind/nanobind.h>

@@ -30,7 +30,8 @@ constexpr std::size_t kRoleAt = 12;
 
 class Admission::Listener final : public Pollable {
   public:
-    Listener(Admission& owner, std::uint64_t number, Fd socket) : id(number), fd(std::move(socket)), owner_(owner) {}
+    Listener(Admission& owner, std::uint64_t number, Fd socket)
+        : id(number), fd(std::move(socket)), owner_(owner) {}
     void on_events(std::uint32_t) override { owner_.accept_all(*this); }
     const std::uint64_t id;
     Fd fd;
@@ -83,7 +84,7 @@ class Admission::Stranger final : public Pollable {
     const protocol::Time deadline;
     std::array<std::byte, kPreambleNbytes + kJoinNbytes> raw{};
     std::size_t have = 0;
-    bool parked = false;    // a lane whose session isn't open yet; under the owner's lock
+    bool parked = false;  // a lane whose session isn't open yet; under the owner's lock
 
   private:
     Admission& owner_;
@@ -126,7 +127,8 @@ void Admission::accept_all(Listener& listener) {
             continue;
         }
         if (errno == EMFILE || errno == ENFILE) {
-            // Level-triggered: without taking it the listener would spin for as long as descriptors are short.
+            // Level-triggered: without taking it the listener would spin for as long as descriptors are
+            // short.
             reserve_.reset();
             const int refused = ::accept4(listener.fd.get(), nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK);
             if (refused >= 0) {
@@ -146,7 +148,8 @@ void Admission::accept_all(Listener& listener) {
 
 void Admission::admit(std::uint64_t listener, int fd) {
     const protocol::Time now = monotonic_ns();
-    auto stranger = std::make_shared<Stranger>(*this, listener, Fd(fd), now + engine_.options().handshake_timeout_ns);
+    auto stranger = std::make_shared<Stranger>(*this, listener, Fd(fd),
+                                               now + engine_.options().handshake_timeout_ns);
     std::shared_ptr<Stranger> oldest;
     {
         const std::lock_guard lock(mutex_);
@@ -168,7 +171,8 @@ void Admission::forget(Stranger& stranger) {
     engine_.reactor().remove(stranger.fd.get());
     std::shared_ptr<Stranger> last;
     const std::lock_guard lock(mutex_);
-    const auto known = std::find_if(strangers_.begin(), strangers_.end(), [&](const auto& s) { return s.get() == &stranger; });
+    const auto known = std::find_if(strangers_.begin(), strangers_.end(),
+                                    [&](const auto& s) { return s.get() == &stranger; });
     if (known != strangers_.end()) {
         last = *known;
         strangers_.erase(known);
@@ -186,7 +190,8 @@ void Admission::hand_over(Stranger& stranger) {
     forget(stranger);
 }
 
-// The dialler may be faster than our own Python thread: a lane whose session isn't open yet waits until its deadline.
+// The dialler may be faster than our own Python thread: a lane whose session isn't open yet waits until its
+// deadline.
 void Admission::join(Stranger& stranger) {
     engine_.reactor().remove(stranger.fd.get());
     const std::byte* join = stranger.raw.data() + kPreambleNbytes;

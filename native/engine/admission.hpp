@@ -1,7 +1,9 @@
-// Strangers: accepting, the 32-byte preamble, lanes that join. Natively, so that nobody waits for the GIL before a deadline.
+// Strangers: accepting, the 32-byte preamble, lanes that join. Natively, so that nobody waits for the GIL
+// before a deadline.
 //
-// Lives here: listeners, the fixed-size reads before a handshake, their limits. Does not live here: the handshake (Python).
-// Invariant: nothing but fixed-size bytes is read from a stranger, and every stranger is gone by its deadline.
+// Lives here: listeners, the fixed-size reads before a handshake, their limits. Does not live here: the
+// handshake (Python). Invariant: nothing but fixed-size bytes is read from a stranger, and every stranger is
+// gone by its deadline.
 #pragma once
 
 #include <array>
@@ -51,8 +53,8 @@ class Admission {
     bool closed_ = false;
     std::uint64_t next_listener_ = 1;
     std::unordered_map<std::uint64_t, std::shared_ptr<Listener>> listeners_;
-    std::list<std::shared_ptr<Stranger>> strangers_;    // oldest first
-    Fd reserve_;    // given up for a moment when descriptors run out, so that the queue can be emptied
+    std::list<std::shared_ptr<Stranger>> strangers_;  // oldest first
+    Fd reserve_;  // given up for a moment when descriptors run out, so that the queue can be emptied
 };
 
 }  // namespace kvt::engine

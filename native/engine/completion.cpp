@@ -85,7 +85,7 @@ bool Waiter::wait(std::int64_t until) noexcept {
             bound = &timeout;
         }
         if (::ppoll(&one, 1, bound, nullptr) < 0) {
-            return signalled();    // EINTR: the caller lets the interpreter look at its signals
+            return signalled();  // EINTR: the caller lets the interpreter look at its signals
         }
     }
     return true;

@@ -1,8 +1,8 @@
 // How an ended operation reaches whoever waits: threads, completion queues, event loops.
 //
-// Lives here: Handle (done once, tells its sinks), Waiter (one blocked thread), Queue (an eventfd and the tags that came).
-// Does not live here: what ended and why (handle.hpp). Invariant: a handle becomes done exactly once; each subscription is told
-// exactly once or withdrawn; nothing here calls Python.
+// Lives here: Handle (done once, tells its sinks), Waiter (one blocked thread), Queue (an eventfd and the
+// tags that came). Does not live here: what ended and why (handle.hpp). Invariant: a handle becomes done
+// exactly once; each subscription is told exactly once or withdrawn; nothing here calls Python.
 #pragma once
 
 #include <atomic>
@@ -22,8 +22,8 @@ class Sink {
     virtual void signal(std::uint64_t tag) noexcept = 0;
 };
 
-/// One blocked thread. Its eventfd is the thread's own and outlives it; a thread that completes what it waits for itself
-/// (while it drives a connection) isn't woken by a system call.
+/// One blocked thread. Its eventfd is the thread's own and outlives it; a thread that completes what it waits
+/// for itself (while it drives a connection) isn't woken by a system call.
 class Waiter final : public Sink {
   public:
     Waiter();
@@ -34,7 +34,8 @@ class Waiter final : public Sink {
     bool signalled() const noexcept { return signalled_.load(std::memory_order_acquire); }
     void rearm() noexcept;
     int fd() const noexcept { return fd_; }
-    /// Blocks until signalled, `until` (monotonic ns), or a signal handler ran in this thread; false for the last two.
+    /// Blocks until signalled, `until` (monotonic ns), or a signal handler ran in this thread; false for the
+    /// last two.
     bool wait(std::int64_t until) noexcept;
 
   private:

@@ -78,7 +78,8 @@ std::shared_ptr<TransferHandle> Connection::post(PostArgs args) {
             layers[i] = static_cast<std::uint32_t>(i);
         }
     }
-    auto plan = std::make_shared<memory::StreamPlan>(args.pool->shape(), std::move(layers), std::move(args.ids), args.heads);
+    auto plan = std::make_shared<memory::StreamPlan>(args.pool->shape(), std::move(layers),
+                                                     std::move(args.ids), args.heads);
     auto handle = std::make_shared<TransferHandle>(shared_from_this(), args.pool, std::move(plan));
     handle->role = args.role;
     handle->key = std::move(args.key);
@@ -112,7 +113,8 @@ std::shared_ptr<TransferHandle> Connection::post(PostArgs args) {
     return handle;
 }
 
-std::shared_ptr<MessageHandle> Connection::post_message(protocol::Bytes data, std::shared_ptr<TransferHandle> after,
+std::shared_ptr<MessageHandle> Connection::post_message(protocol::Bytes data,
+                                                        std::shared_ptr<TransferHandle> after,
                                                         std::shared_ptr<Queue> queue, std::uint64_t tag) {
     if (data.size() > protocol::kMaxControlBodyNbytes) {
         throw std::invalid_argument("a message has at most 1 MiB");
@@ -127,7 +129,8 @@ std::shared_ptr<MessageHandle> Connection::post_message(protocol::Bytes data, st
     }
     if (after && !after->done()) {
         handle->after = after;
-        // Registered before the second look: whoever completes the transfer meanwhile either sees it or we do.
+        // Registered before the second look: whoever completes the transfer meanwhile either sees it or we
+        // do.
         after->connection()->defer(handle);
         if (!after->done()) {
             return handle;
@@ -151,7 +154,8 @@ bool Connection::undefer(const std::shared_ptr<MessageHandle>& message) {
 }
 
 // Sends a message whose transfer has ended, or ends it with that transfer's error.
-void Connection::release_message(const std::shared_ptr<MessageHandle>& message, const std::shared_ptr<TransferHandle>& after) {
+void Connection::release_message(const std::shared_ptr<MessageHandle>& message,
+                                 const std::shared_ptr<TransferHandle>& after) {
     if (after && after->result.outcome.cause != Cause::ok) {
         message->after = after;
         message->outcome = after->result.outcome;
@@ -178,7 +182,10 @@ void Connection::adopt(const std::shared_ptr<Connection>& other) {
             try {
                 session_.take_over(transfer, now);
             } catch (const protocol::LocalViolation&) {
-                handle->outcome = {Cause::cancelled, protocol::Delivered::no, "its key is in use on the connection to the same peer", {}};
+                handle->outcome = {Cause::cancelled,
+                                   protocol::Delivered::no,
+                                   "its key is in use on the connection to the same peer",
+                                   {}};
                 handle->over_at = now;
                 handle->snapshot(backend_);
                 refused.push_back(std::move(transfer));
@@ -187,7 +194,8 @@ void Connection::adopt(const std::shared_ptr<Connection>& other) {
         for (auto& message : other->session_.give_up_messages()) {
             session_.post_message(std::move(message), now);
         }
-        other->session_.lost(Cause::connection_closed, "another connection to this peer has taken its place", now);
+        other->session_.lost(Cause::connection_closed, "another connection to this peer has taken its place",
+                             now);
         other->lost_.store(true);
     }
     for (const auto& transfer : refused) {
@@ -201,9 +209,10 @@ void Connection::cancel(const std::shared_ptr<TransferHandle>& handle) {
     {
         const std::lock_guard lock(mutex_);
         if (handle->connection().get() != this) {
-            return;    // moved meanwhile: the caller looks again
+            return;  // moved meanwhile: the caller looks again
         }
-        session_.stop(handle, {Cause::cancelled, protocol::Delivered::no, "cancelled here", {}}, monotonic_ns());
+        session_.stop(handle, {Cause::cancelled, protocol::Delivered::no, "cancelled here", {}},
+                      monotonic_ns());
     }
     settle();
 }
@@ -316,7 +325,8 @@ void Connection::put_inline() {
         }
         protocol::Trailer trailer{protocol::ChunkStatus::ok, digest_, 0};
         if (digest_ == protocol::DigestKind::crc32c) {
-            trailer.digest = crc32c(protocol::digest_seed(job->header), out.data() + body_at, job->header.body_nbytes);
+            trailer.digest = crc32c(protocol::digest_seed(job->header), out.data() + body_at,
+                                    job->header.body_nbytes);
         }
         const auto raw = protocol::encode_trailer(trailer);
         out.insert(out.end(), raw.begin(), raw.end());
@@ -332,8 +342,9 @@ void Connection::complete(const protocol::TransferPtr& transfer) {
     std::vector<std::shared_ptr<MessageHandle>> ready;
     {
         const std::lock_guard lock(mutex_);
-        const auto split = std::stable_partition(dependents_.begin(), dependents_.end(),
-                                                 [&](const auto& message) { return message->after.get() != &handle; });
+        const auto split = std::stable_partition(
+            dependents_.begin(), dependents_.end(),
+            [&](const auto& message) { return message->after.get() != &handle; });
         ready.assign(std::make_move_iterator(split), std::make_move_iterator(dependents_.end()));
         dependents_.erase(split, dependents_.end());
         handle.signal_progress();
@@ -385,10 +396,12 @@ bool Connection::wait(Handle& handle, std::int64_t until) {
     return handle.done();
 }
 
-Connection::LayerState Connection::wait_layer(const std::shared_ptr<TransferHandle>& handle, std::uint32_t layer, std::int64_t until) {
+Connection::LayerState Connection::wait_layer(const std::shared_ptr<TransferHandle>& handle,
+                                              std::uint32_t layer, std::int64_t until) {
     Waiter waiter;
     std::unique_lock lock(mutex_);
-    const auto span = std::find_if(handle->spans.begin(), handle->spans.end(), [&](const auto& s) { return s.layer == layer; });
+    const auto span = std::find_if(handle->spans.begin(), handle->spans.end(),
+                                   [&](const auto& s) { return s.layer == layer; });
     if (span == handle->spans.end()) {
         return LayerState::unknown;
     }
@@ -401,7 +414,7 @@ Connection::LayerState Connection::wait_layer(const std::shared_ptr<TransferHand
         const bool signalled = waiter.wait(until);
         lock.lock();
         if (!signalled) {
-            break;    // time, or a signal for the interpreter
+            break;  // time, or a signal for the interpreter
         }
     }
     std::erase(handle->layer_waiters, &waiter);
@@ -447,7 +460,7 @@ void Connection::close(Cause cause, const std::string& reason, bool tell) {
     }
     {
         const std::lock_guard lock(mutex_);
-        path_ = nullptr;    // its descriptors close when the last thread has left it
+        path_ = nullptr;  // its descriptors close when the last thread has left it
     }
     engine_.lost(shared_from_this(), cause, reason);
 }
@@ -478,7 +491,9 @@ Time Connection::on_tick(Time now, bool heartbeat, bool resumed) {
     }
     const bool live = is_open();
     if (live && now - heard_at_.load() > dead_after_) {
-        close(Cause::peer_lost, "heartbeat: nothing heard for " + std::to_string((now - heard_at_.load()) / 1'000'000) + " ms", false);
+        close(Cause::peer_lost,
+              "heartbeat: nothing heard for " + std::to_string((now - heard_at_.load()) / 1'000'000) + " ms",
+              false);
         return protocol::kNever;
     }
     bool output = false;

@@ -1,9 +1,9 @@
 // One peer: a session, the path that moves its bytes, and the one lock between them.
 //
-// Lives here: posting, waiting, acting on the session's output (settle), loss. Does not live here: sockets (backends), the
-// state machine (protocol), Python (bindings). Invariants: the session is touched only under `mutex_`; nothing that blocks,
-// writes a socket or takes a path's lock happens under it; every call that changes the session is followed by settle().
-// Lock order: a path's locks, then mutex_, then a handle's.
+// Lives here: posting, waiting, acting on the session's output (settle), loss. Does not live here: sockets
+// (backends), the state machine (protocol), Python (bindings). Invariants: the session is touched only under
+// `mutex_`; nothing that blocks, writes a socket or takes a path's lock happens under it; every call that
+// changes the session is followed by settle(). Lock order: a path's locks, then mutex_, then a handle's.
 #pragma once
 
 #include <atomic>
@@ -59,15 +59,16 @@ class Connection final : public backends::PathHost, public std::enable_shared_fr
     /// Takes over what was posted on a connection that never opened, and ends that one.
     void adopt(const std::shared_ptr<Connection>& other);
     std::shared_ptr<TransferHandle> post(PostArgs args);
-    std::shared_ptr<MessageHandle> post_message(protocol::Bytes data, std::shared_ptr<TransferHandle> after, std::shared_ptr<Queue> queue,
-                                                std::uint64_t tag);
+    std::shared_ptr<MessageHandle> post_message(protocol::Bytes data, std::shared_ptr<TransferHandle> after,
+                                                std::shared_ptr<Queue> queue, std::uint64_t tag);
     void cancel(const std::shared_ptr<TransferHandle>& handle);
     void refuse(const std::string& key, const std::string& reason, protocol::Time remember_ns);
     /// Waits until done; false at `until` or when a signal handler ran. Drives the connection while it waits.
     bool wait(Handle& handle, std::int64_t until);
     /// Waits until the layer (by the pool's index) has landed or the transfer is over.
     enum class LayerState { landed, over, waiting, unknown };
-    LayerState wait_layer(const std::shared_ptr<TransferHandle>& handle, std::uint32_t layer, std::int64_t until);
+    LayerState wait_layer(const std::shared_ptr<TransferHandle>& handle, std::uint32_t layer,
+                          std::int64_t until);
     void close(protocol::Cause cause, const std::string& reason, bool tell);
     void forget_pool(std::uint64_t pool_id);
     void messages_taken(std::uint64_t nbytes);
@@ -80,7 +81,8 @@ class Connection final : public backends::PathHost, public std::enable_shared_fr
     void settle() override { settle(0); }
     bool take_control(protocol::Bytes& out) override;
     void receive(const protocol::Header& header, std::span<const std::byte> body) override;
-    void receive_inline(const protocol::Header& header, std::span<const std::byte> payload, const protocol::Trailer& trailer) override;
+    void receive_inline(const protocol::Header& header, std::span<const std::byte> payload,
+                        const protocol::Trailer& trailer) override;
     std::optional<protocol::ChunkJob> next_chunk() override;
     std::optional<protocol::ChunkTarget> next_copy() override;
     bool has_payload() override;
@@ -91,7 +93,8 @@ class Connection final : public backends::PathHost, public std::enable_shared_fr
     bool is_lost() const noexcept override { return lost_.load(std::memory_order_acquire); }
     // LaneHost
     protocol::ChunkTarget chunk_begin(const protocol::Header& header) override;
-    void chunk_end(const protocol::ChunkTarget& target, const protocol::Trailer& trailer, bool verified) override;
+    void chunk_end(const protocol::ChunkTarget& target, const protocol::Trailer& trailer,
+                   bool verified) override;
     void chunk_left(const protocol::ChunkJob& job, bool whole, bool begun) override;
 
     protocol::TransferPtr lend(std::uint64_t offer) override;
@@ -122,7 +125,8 @@ class Connection final : public backends::PathHost, public std::enable_shared_fr
     void claim(const std::shared_ptr<TransferHandle>& handle);
     void defer(const std::shared_ptr<MessageHandle>& message);
     bool undefer(const std::shared_ptr<MessageHandle>& message);
-    void release_message(const std::shared_ptr<MessageHandle>& message, const std::shared_ptr<TransferHandle>& after);
+    void release_message(const std::shared_ptr<MessageHandle>& message,
+                         const std::shared_ptr<TransferHandle>& after);
 
     Engine& engine_;
     std::string session_id_;
@@ -130,14 +134,14 @@ class Connection final : public backends::PathHost, public std::enable_shared_fr
     std::condition_variable inactive_;
     protocol::Session session_;
     protocol::DigestKind digest_ = protocol::DigestKind::none;
-    std::shared_ptr<backends::Path> path_;    // null before open() and after close()
+    std::shared_ptr<backends::Path> path_;  // null before open() and after close()
     std::string backend_ = "none";
     std::atomic<bool> open_{false}, lost_{false};
     std::atomic<protocol::Time> heard_at_, spoke_at_;
     protocol::Time dead_after_;
     protocol::Cause lost_cause_ = protocol::Cause::ok;
     std::string lost_reason_;
-    std::vector<std::shared_ptr<MessageHandle>> dependents_;    // messages that wait for a transfer
+    std::vector<std::shared_ptr<MessageHandle>> dependents_;  // messages that wait for a transfer
 };
 
 }  // namespace kvt::engine

@@ -37,13 +37,16 @@ void Connection::receive(const protocol::Header& header, std::span<const std::by
         closed = session_.peer_closed();
     }
     if (closed) {
-        lose(Cause::peer_lost, *closed == protocol::CloseCode::closed     ? "closed: the peer closed the connection"
-                               : *closed == protocol::CloseCode::protocol ? "closed: the peer says that our bytes broke the protocol"
-                                                                          : "closed: the peer says that we exceeded a limit");
+        lose(Cause::peer_lost, *closed == protocol::CloseCode::closed
+                                   ? "closed: the peer closed the connection"
+                               : *closed == protocol::CloseCode::protocol
+                                   ? "closed: the peer says that our bytes broke the protocol"
+                                   : "closed: the peer says that we exceeded a limit");
     }
 }
 
-void Connection::receive_inline(const protocol::Header& header, std::span<const std::byte> payload, const protocol::Trailer& trailer) {
+void Connection::receive_inline(const protocol::Header& header, std::span<const std::byte> payload,
+                                const protocol::Trailer& trailer) {
     const Time now = monotonic_ns();
     const std::lock_guard lock(mutex_);
     if (lost_.load(std::memory_order_relaxed)) {
@@ -62,11 +65,14 @@ void Connection::receive_inline(const protocol::Header& header, std::span<const 
             memory::scatter(from, runs, count);
             for (std::size_t i = 0; i < count; ++i) {
                 // Of the bytes in place, not of those on the wire: what is reported is what can be read.
-                digest = digest_ == protocol::DigestKind::none ? 0 : crc32c(digest, runs[i].iov_base, runs[i].iov_len);
+                digest = digest_ == protocol::DigestKind::none
+                             ? 0
+                             : crc32c(digest, runs[i].iov_base, runs[i].iov_len);
                 from += runs[i].iov_len;
             }
         }
-        verified = digest_ == protocol::DigestKind::none || (trailer.kind == digest_ && trailer.digest == digest);
+        verified = digest_ == protocol::DigestKind::none ||
+                   (trailer.kind == digest_ && trailer.digest == digest);
     }
     session_.chunk_end(target, trailer, verified, now);
     static_cast<TransferHandle&>(*target.transfer).signal_progress();
@@ -95,7 +101,8 @@ protocol::ChunkTarget Connection::chunk_begin(const protocol::Header& header) {
     return session_.chunk_begin(header, monotonic_ns());
 }
 
-void Connection::chunk_end(const protocol::ChunkTarget& target, const protocol::Trailer& trailer, bool verified) {
+void Connection::chunk_end(const protocol::ChunkTarget& target, const protocol::Trailer& trailer,
+                           bool verified) {
     const std::lock_guard lock(mutex_);
     session_.chunk_end(target, trailer, verified, monotonic_ns());
     static_cast<TransferHandle&>(*target.transfer).signal_progress();

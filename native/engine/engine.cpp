@@ -114,7 +114,7 @@ std::shared_ptr<Connection> Engine::new_connection(std::string session_id) {
         const std::lock_guard lock(mutex_);
         connections_[std::move(session_id)] = connection;
     }
-    reactor_->wake();    // heartbeats may begin
+    reactor_->wake();  // heartbeats may begin
     return connection;
 }
 
@@ -150,7 +150,7 @@ std::vector<std::shared_ptr<Connection>> Engine::all_connections() {
 }
 
 void Engine::forget(const Connection& connection) {
-    std::shared_ptr<Connection> last;    // let go after the lock
+    std::shared_ptr<Connection> last;  // let go after the lock
     const std::lock_guard lock(mutex_);
     const auto known = connections_.find(connection.session_id());
     if (known != connections_.end() && known->second.get() == &connection) {
@@ -170,7 +170,8 @@ void Engine::lost(const std::shared_ptr<Connection>& connection, Cause cause, co
     post_event(std::move(event));
 }
 
-std::shared_ptr<Pool> Engine::new_pool(std::string name, std::shared_ptr<const memory::PoolShape> shape, bool writable) {
+std::shared_ptr<Pool> Engine::new_pool(std::string name, std::shared_ptr<const memory::PoolShape> shape,
+                                       bool writable) {
     std::uint64_t id = 0;
     {
         const std::lock_guard lock(mutex_);
@@ -218,7 +219,8 @@ void Engine::claim(TransferHandle& handle) {
             other = known->second;
         }
     }
-    const std::string where = "block " + std::to_string(conflict.block_id) + " of layer '" + conflict.layer + "'";
+    const std::string where = "block " + std::to_string(conflict.block_id) + " of layer '" + conflict.layer +
+                              "'";
     if (conflict.kind == memory::BusyTable::Conflict::within_call) {
         throw std::invalid_argument("destination bytes overlap within this call, at " + where);
     }
@@ -357,7 +359,7 @@ std::vector<Engine::Delivered> Engine::recv_messages(std::int64_t until) {
         pollfd one{messages_event_.get(), POLLIN, 0};
         const timespec timeout{left / 1'000'000'000, left % 1'000'000'000};
         if (::ppoll(&one, 1, &timeout, nullptr) < 0) {
-            break;    // a signal: the interpreter looks at it
+            break;  // a signal: the interpreter looks at it
         }
     }
     std::vector<Delivered> out;

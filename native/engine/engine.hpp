@@ -1,8 +1,8 @@
 // One per Endpoint: the threads, the connections, the claims on destination bytes, the events for Python.
 //
-// Lives here: what connections share. Does not live here: one peer's session (connection.hpp), strangers (admission.hpp),
-// the handshake (Python). Invariant: after close() no thread of the engine runs, every handle is done, every descriptor closed;
-// in a forked child nothing of it is touched.
+// Lives here: what connections share. Does not live here: one peer's session (connection.hpp), strangers
+// (admission.hpp), the handshake (Python). Invariant: after close() no thread of the engine runs, every
+// handle is done, every descriptor closed; in a forked child nothing of it is touched.
 #pragma once
 
 #include <atomic>
@@ -32,15 +32,15 @@ struct Options {
     protocol::Time ping_every_ns = 250'000'000;
     protocol::Time handshake_timeout_ns = 3'000'000'000;
     std::uint32_t max_pending = 64;
-    int socket_buffer_nbytes = 0;    // 0: the default that backends/tcp gives
+    int socket_buffer_nbytes = 0;  // 0: the default that backends/tcp gives
 };
 
 /// What Python's thread should hear of.
 struct Event {
     enum class Kind { accepted, lost, log, messages } kind{};
     std::uint64_t listener = 0;
-    int fd = -1;                 // accepted: the receiver owns it
-    std::string preamble;        // accepted
+    int fd = -1;           // accepted: the receiver owns it
+    std::string preamble;  // accepted
     std::string session_id, cause, text;
     int level = 0;
 };
@@ -65,14 +65,16 @@ class Engine {
     void rename(const std::shared_ptr<Connection>& connection, const std::string& session_id);
     std::shared_ptr<Connection> find(const std::string& session_id);
     void forget(const Connection& connection);
-    std::shared_ptr<Pool> new_pool(std::string name, std::shared_ptr<const memory::PoolShape> shape, bool writable);
+    std::shared_ptr<Pool> new_pool(std::string name, std::shared_ptr<const memory::PoolShape> shape,
+                                   bool writable);
     bool close_pool(const std::shared_ptr<Pool>& pool, std::int64_t until);
 
     // For connections.
     void claim(TransferHandle& handle);
     void release(TransferHandle& handle) noexcept;
     void need_by(protocol::Time deadline, Connection* gated);
-    void lost(const std::shared_ptr<Connection>& connection, protocol::Cause cause, const std::string& reason);
+    void lost(const std::shared_ptr<Connection>& connection, protocol::Cause cause,
+              const std::string& reason);
     void deliver(const std::shared_ptr<Connection>& from, std::vector<protocol::Bytes> messages);
 
     // For Python.
@@ -101,7 +103,7 @@ class Engine {
     std::vector<std::unique_ptr<backends::Mover>> movers_;
     std::unique_ptr<Admission> admission_;
 
-    std::mutex mutex_;    // connections, pools
+    std::mutex mutex_;  // connections, pools
     std::unordered_map<std::string, std::shared_ptr<Connection>> connections_;
     std::unordered_set<Connection*> gated_;
     std::uint64_t next_pool_ = 1, next_claim_ = 1;

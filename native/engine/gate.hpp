@@ -1,4 +1,5 @@
-// A layer gate as the engine keeps it: the protocol's atomics, and the connections to look when a layer is marked.
+// A layer gate as the engine keeps it: the protocol's atomics, and the connections to look when a layer is
+// marked.
 #pragma once
 
 #include <memory>

@@ -24,7 +24,8 @@ TransferHandle::TransferHandle(std::shared_ptr<Connection> connection, std::shar
 
 TransferHandle::~TransferHandle() = default;
 
-std::uint64_t TransferHandle::runs(std::uint64_t begin, std::uint64_t end, iovec* out, std::size_t most, std::size_t& count) const {
+std::uint64_t TransferHandle::runs(std::uint64_t begin, std::uint64_t end, iovec* out, std::size_t most,
+                                   std::size_t& count) const {
     const std::uint64_t reached = plan_->runs(begin, end, out, most, count);
     runs_.fetch_add(count, std::memory_order_relaxed);
     return reached;

@@ -1,4 +1,5 @@
-// What a post returns: the engine's record of a transfer or a message, and the snapshot that its result is read from.
+// What a post returns: the engine's record of a transfer or a message, and the snapshot that its result is
+// read from.
 //
 // Invariant: `result` is written once, before done() turns true, and never after.
 #pragma once
@@ -24,16 +25,18 @@ struct Result {
     std::uint64_t nbytes = 0, blocks = 0, runs = 0, chunks = 0, resumed_nbytes = 0;
     std::int64_t seconds_ns = 0, wire_ns = 0, queued_ns = 0;
     std::string meta, backend;
-    std::vector<memory::BlockOutcome> block_outcomes;    // destinations that failed
-    std::vector<memory::GroupBlocks> corrupt;            // blocks whose digest failed
+    std::vector<memory::BlockOutcome> block_outcomes;  // destinations that failed
+    std::vector<memory::GroupBlocks> corrupt;          // blocks whose digest failed
 };
 
 class TransferHandle final : public protocol::Transfer, public Handle {
   public:
-    TransferHandle(std::shared_ptr<Connection> connection, std::shared_ptr<Pool> pool, std::shared_ptr<const memory::StreamPlan> plan);
+    TransferHandle(std::shared_ptr<Connection> connection, std::shared_ptr<Pool> pool,
+                   std::shared_ptr<const memory::StreamPlan> plan);
     ~TransferHandle() override;
 
-    std::uint64_t runs(std::uint64_t begin, std::uint64_t end, iovec* out, std::size_t most, std::size_t& count) const override;
+    std::uint64_t runs(std::uint64_t begin, std::uint64_t end, iovec* out, std::size_t most,
+                       std::size_t& count) const override;
     void reorder(const std::vector<std::uint32_t>& positions) override;
 
     std::shared_ptr<Connection> connection() const {
@@ -54,9 +57,9 @@ class TransferHandle final : public protocol::Transfer, public Handle {
     void signal_progress() noexcept;
 
     Result result;
-    bool key_is_text = true;             // the user's key was a str
-    std::uint64_t claim_id = 0;          // in the engine's table of busy destination bytes; 0: none
-    std::vector<Sink*> layer_waiters;    // under the session's lock
+    bool key_is_text = true;           // the user's key was a str
+    std::uint64_t claim_id = 0;        // in the engine's table of busy destination bytes; 0: none
+    std::vector<Sink*> layer_waiters;  // under the session's lock
     std::atomic<std::uint64_t> landed{0};
 
   private:
@@ -72,7 +75,7 @@ class MessageHandle final : public protocol::Message, public Handle {
     explicit MessageHandle(std::shared_ptr<Connection> connection) : connection_(std::move(connection)) {}
     const std::shared_ptr<Connection>& connection() const noexcept { return connection_; }
     Result result;
-    std::shared_ptr<TransferHandle> after;    // the transfer whose error is ours, if it failed
+    std::shared_ptr<TransferHandle> after;  // the transfer whose error is ours, if it failed
 
   private:
     std::shared_ptr<Connection> connection_;

@@ -12,7 +12,8 @@ Pool::Pool(std::uint64_t id, std::string name, std::shared_ptr<const memory::Poo
     terms_.name = std::move(name);
     terms_.named = shape_->named();
     for (const memory::Group& group : shape_->groups()) {
-        terms_.groups.push_back({group.name, group.opaque, group.dtype, group.order, group.kv, static_cast<std::uint32_t>(group.tokens_per_block)});
+        terms_.groups.push_back({group.name, group.opaque, group.dtype, group.order, group.kv,
+                                 static_cast<std::uint32_t>(group.tokens_per_block)});
     }
     for (const memory::Layer& layer : shape_->layers()) {
         terms_.layers.push_back({layer.name, static_cast<std::uint16_t>(layer.group)});

@@ -1,6 +1,7 @@
 // The engine's view of a BlockPool: its shape, what a peer may know of it, who uses it.
 //
-// Invariant: a pool that is closing takes no new transfer, and close() succeeds only when the last one is over.
+// Invariant: a pool that is closing takes no new transfer, and close() succeeds only when the last one is
+// over.
 #pragma once
 
 #include <condition_variable>
@@ -27,7 +28,8 @@ class Pool {
     bool use();
     void unuse() noexcept;
     std::uint64_t in_use() const;
-    /// Refuses new uses from now on and waits; false if it is still used at `until` (monotonic ns): then it stays open.
+    /// Refuses new uses from now on and waits; false if it is still used at `until` (monotonic ns): then it
+    /// stays open.
     bool close(std::int64_t until);
     bool closed() const;
 

@@ -1,4 +1,5 @@
-// Watches a peer's process on this host: a killed process's sockets may live on in a child of it, its pidfd doesn't.
+// Watches a peer's process on this host: a killed process's sockets may live on in a child of it, its pidfd
+// doesn't.
 #pragma once
 
 #include <sys/types.h>
@@ -16,7 +17,8 @@ class ProcessWatch final : public Pollable {
   public:
     /// Null where the kernel has no pidfd or the process is gone or not visible.
     static std::shared_ptr<ProcessWatch> open(pid_t pid, const std::shared_ptr<Connection>& connection);
-    ProcessWatch(Fd fd, std::weak_ptr<Connection> connection) : fd_(std::move(fd)), connection_(std::move(connection)) {}
+    ProcessWatch(Fd fd, std::weak_ptr<Connection> connection)
+        : fd_(std::move(fd)), connection_(std::move(connection)) {}
     void on_events(std::uint32_t events) override;
     int fd() const noexcept { return fd_.get(); }
 
