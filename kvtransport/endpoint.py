@@ -142,7 +142,7 @@ class Endpoint:
     def connections(self) -> list[Connection]:
         """Return the Connections that are open."""
         self._check()
-        return self._acceptor.roster.connections()
+        return [c for c in self._acceptor.roster.connections() if c.state == "open"]
 
     def recv_messages(self, timeout: float | None = 0) -> list[tuple[Connection, bytes]]:
         """Return messages that peers have sent (`Connection.send_message`), in their order per peer.

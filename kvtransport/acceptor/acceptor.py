@@ -285,11 +285,13 @@ class Acceptor:
         if self._dials.get(dial.place) is dial:
             del self._dials[dial.place]
 
-    def inbound_over(self, inbound: Inbound, reason: str | None) -> None:
-        """Forget a stranger. `reason`: None for one that has become a peer."""
+    def inbound_over(self, inbound: Inbound, reason: str | None, expected: bool) -> None:
+        """Forget a stranger. `reason`: None for one that has become a peer. `expected`: nobody did wrong."""
         self._strangers.pop(inbound, None)
         self.count("handshakes_refused" if reason else "handshakes_accepted")
-        if reason:
+        if reason and expected:
+            _log.debug("no session with %s: %s", inbound.host, printable(reason, 400))
+        elif reason:
             self._throttle.warning("refused a connection from %s: %s", inbound.host, printable(reason, 400))
 
     def count(self, what: str) -> None:
@@ -404,7 +406,7 @@ class Acceptor:
         for dial in list(self._dials.values()):
             dial.end(closed)
         for inbound in list(self._strangers):
-            inbound.end("the endpoint was closed")
+            inbound.end("the endpoint was closed", expected=True)
         for listener_id, (_, listener) in self._listeners.items():
             with contextlib.suppress(KVTransportError):
                 self.engine.remove_listener(listener_id)

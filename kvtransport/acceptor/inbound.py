@@ -69,18 +69,18 @@ class Inbound:
     def displace(self) -> None:
         """Give up: the same peer has dialled again, so this is an earlier try of it."""
         self._incarnation = None
-        self.end("the peer has dialled again")
+        self.end("the peer has dialled again", expected=True)
 
-    def end(self, reason: str) -> None:
-        """Close without a session."""
+    def end(self, reason: str, *, expected: bool = False) -> None:
+        """Close without a session. `expected`: nobody did wrong."""
         if self._over:
             return
         self._over = True
         self._acceptor.loop.unwatch(self._channel.sock)
-        self._channel.close()
         if self._incarnation is not None:
             self._acceptor.roster.release(self._incarnation, self)
-        self._acceptor.inbound_over(self, reason)
+        self._acceptor.inbound_over(self, reason, expected)
+        self._channel.close()
 
     def _run(self, first: Callable[[], list[Event]]) -> None:
         """Take events until there are none, then wait."""
@@ -94,7 +94,7 @@ class Inbound:
                 self._channel.flush()
                 self._acceptor.loop.watch(self._channel.sock, self._channel.interest(), self.on_ready)
         except ClosedByPeer as e:
-            self.end(str(e))
+            self.end(str(e), expected=True)
         except (KVTransportError, OSError) as e:
             self.end(f"{type(e).__name__}: {e}")
 
@@ -124,7 +124,7 @@ class Inbound:
         ruling = self._acceptor.roster.claim(incarnation, self)
         if ruling is not Ruling.GO:
             machine.refuse(*_REFUSALS[ruling])
-            self.end(ruling.value)
+            self.end(ruling.value, expected=ruling is not Ruling.FULL)
             return
         self._incarnation = incarnation
         machine.proceed()
@@ -135,4 +135,4 @@ class Inbound:
         acceptor.loop.unwatch(sock)
         acceptor.open(sock, Found(terms, self._backend.name, self.proof, None), None)
         self._over = True
-        acceptor.inbound_over(self, None)
+        acceptor.inbound_over(self, None, True)

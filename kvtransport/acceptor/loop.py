@@ -68,8 +68,8 @@ class Loop:
         with self._state:
             if not self._stopping:
                 self._last = last
-                self._stopping = True
                 os.eventfd_write(self._wake_fd, 1)
+                self._stopping = True  # from here on the thread may close the descriptor
         if threading.current_thread() is not self._thread:
             self._stopped.wait(timeout_s)
         return self._stopped.is_set()
@@ -77,8 +77,7 @@ class Loop:
     def abandon(self) -> None:
         """Close the descriptors in a forked child, where the thread doesn't exist. Takes no lock."""
         self._stopping = True
-        self._selector.close()
-        os.close(self._wake_fd)
+        self._close()
 
     # --- the thread itself -------------------------------------------------------------------------------
 
@@ -110,9 +109,15 @@ class Loop:
                 _log.exception("the acceptor thread goes on after an internal error")
         if self._last is not None:
             self.guard(self._last)
-        self._selector.close()
-        os.close(self._wake_fd)
+        self._close()
         self._stopped.set()
+
+    def _close(self) -> None:
+        """Close the descriptors, once: their numbers may be others' afterwards."""
+        wake_fd, self._wake_fd = self._wake_fd, -1
+        if wake_fd >= 0:
+            self._selector.close()
+            os.close(wake_fd)
 
     def _turn(self) -> None:
         timeout = self._timers[0][0] - self.now() if self._timers else None

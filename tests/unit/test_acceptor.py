@@ -48,9 +48,10 @@ def free_port():
 def lost(connection):
     """Wait until a Connection is lost; return why."""
     until = time.monotonic() + 10
-    while connection.state != "lost":
+    while connection._error is None:
         assert time.monotonic() < until, connection
         time.sleep(0.001)
+    assert connection.state == "lost"
     return connection._error
 
 

@@ -21,6 +21,7 @@ STRICT = Policy()
 BACKEND = TcpBackend()
 LOCAL = ["127.0.0.1:0", "[::1]:0", "localhost:0", "unix"]
 NOBODY = 65534
+ZERO = "0" * 32 + "@"
 
 
 @pytest.fixture
@@ -65,7 +66,7 @@ def as_nobody(task):
     return pid
 
 
-# --- forms ----------------------------------------------------------------------------------------------
+# --- forms ---
 
 
 @pytest.mark.parametrize(
@@ -132,7 +133,7 @@ def test_any_text_is_an_address_or_a_value_error(text):
     assert 0 <= port <= 65535
 
 
-# --- descriptors ----------------------------------------------------------------------------------------
+# --- descriptors ---
 
 
 @given(
@@ -157,17 +158,17 @@ def test_descriptor_is_pinned():
 
 @pytest.mark.parametrize(
     "text",
-    ["kvt1:", "kvt1:00@a", "kvt2:" + "0" * 32 + "@", "kvt1:" + "0" * 32 + "@" + "a," * 17, "kvt1:" + "0" * 32 + "@%ff",
-     "kvt1:" + "0" * 32 + "@a b", "kvt1:" + "0" * 32 + "@" + "a" * 9000],
+    ["kvt1:", "kvt1:00@a", "kvt2:" + ZERO, "kvt1:" + ZERO + "a," * 17]
+    + ["kvt1:" + ZERO + end for end in ("%ff", "a b", "a" * 9000)],
     ids=lambda t: t[:8] + t[-4:],
-)  # fmt: skip
+)
 def test_malformed_descriptors(text):
     assert is_descriptor(text)
     with pytest.raises(ValueError):
         parse_descriptor(text)
 
 
-# --- listening ------------------------------------------------------------------------------------------
+# --- listening ---
 
 
 @pytest.mark.parametrize("where", ["0.0.0.0:0", "[::]:0"])
@@ -259,7 +260,7 @@ def test_refused_and_self_connected():
             BACKEND.dialled(itself)
 
 
-# --- who is there ---------------------------------------------------------------------------------------
+# --- who is there ---
 
 
 @pytest.mark.parametrize("row", [tcp._row_by_diag, tcp._row_by_proc])

@@ -1,0 +1,263 @@
+"""An endpoint's end in every form: closed, forgotten, forked, killed; and short of descriptors or the GIL."""
+
+import ctypes
+import gc
+import os
+import resource
+import select
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+import weakref
+
+import pytest
+
+from kvtransport.config import Config
+from kvtransport.endpoint import Endpoint
+from kvtransport.errors import ConnectionClosed, ForkedProcessError, PeerLost, ResourceLimit
+
+TCP = Config(backends=("tcp",))
+PRELUDE = """
+import os, sys, time
+from kvtransport.config import Config
+from kvtransport.endpoint import Endpoint
+ep = Endpoint(Config(backends=("tcp",)))
+"""
+
+
+def process(code, *arguments):
+    """Start a Python process that has an endpoint `ep`, and then runs `code`."""
+    return subprocess.Popen(
+        [sys.executable, "-c", PRELUDE + textwrap.dedent(code), *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def line_of(child):
+    """Return the child's next line, within 20 s."""
+    assert select.select([child.stdout], [], [], 20)[0], "the child says nothing"
+    return child.stdout.readline().strip()
+
+
+def end(child):
+    child.stdin.close()
+    status = child.wait(20)
+    child.stdout.close()
+    return status
+
+
+def within(seconds, condition):
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.001)
+
+
+def descriptors():
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_nothing_is_left_behind():
+    def once():
+        with Endpoint(TCP) as ours, Endpoint(TCP) as theirs:
+            where = theirs.listen("127.0.0.1:0")
+            ours.connect(where)
+            theirs.accept()
+            ours.connect("127.0.0.1:1", timeout=60, wait=False)
+
+    once()
+    gc.collect()
+    before = descriptors(), threading.active_count()
+    for _ in range(5):
+        once()
+    gc.collect()
+    assert (descriptors(), threading.active_count()) == before
+
+
+def test_an_endpoint_that_is_forgotten_ends():
+    endpoint = Endpoint(TCP)
+    endpoint.listen("127.0.0.1:0")
+    thread, gone = endpoint._acceptor.loop._thread, weakref.ref(endpoint)
+    del endpoint
+    gc.collect()
+    assert gone() is None
+    thread.join(10)
+    assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("how", ["pass", "sys.exit(0)", "ep.close(); ep.close()", "del ep"])
+def test_f21_the_interpreters_exit_does_not_hang(how):
+    with Endpoint(TCP) as ours:
+        where = ours.listen("127.0.0.1:0")
+        child = process(f"""
+            conn = ep.connect(sys.argv[1])
+            ep.connect("127.0.0.1:1", timeout=60, wait=False)
+            import threading
+            threading.Thread(target=lambda: ep.accept(timeout=None), daemon=True).start()
+            print("here", flush=True)
+            sys.stdin.read()
+            {how}
+        """, where)  # fmt: skip
+        assert line_of(child) == "here"
+        before = time.monotonic()
+        assert end(child) == 0
+        assert time.monotonic() - before < 2.5
+        within(10, lambda: not ours.connections())
+
+
+def test_f21_a_forked_child_is_told():
+    with Endpoint(TCP) as ours, Endpoint(TCP) as theirs:
+        where = theirs.listen("127.0.0.1:0")
+        connection = ours.connect(where)
+        accepted = theirs.accept()
+        pid = os.fork()
+        if pid == 0:
+            status = 1
+            try:
+                for call in (ours.descriptor, ours.accept, lambda: ours.connect(where), ours.recv_messages):
+                    with pytest.raises(ForkedProcessError):
+                        call()
+                ours.close()
+                with Endpoint(TCP) as mine, Endpoint(TCP) as other:  # of its own they work
+                    assert mine.connect(other.listen("127.0.0.1:0")).state == "open"
+                status = 0
+            finally:
+                os._exit(status)
+        assert os.waitpid(pid, 0)[1] == 0
+        assert connection.state == accepted.state == "open"
+        connection.send_message(b"still here").result(10)
+        assert theirs.recv_messages(timeout=10) == [(accepted, b"still here")]
+
+
+def test_f1_a_forked_child_does_not_keep_its_parents_connections():
+    with Endpoint(TCP) as ours:
+        where = ours.listen("127.0.0.1:0")
+        child = process(
+            """
+            ep.connect(sys.argv[1])
+            ep.listen("127.0.0.1:0")
+            pid = os.fork()
+            if pid == 0:
+                time.sleep(60)
+                os._exit(0)
+            print(pid, flush=True)
+            time.sleep(60)
+            """,
+            where,
+        )
+        grandchild = int(line_of(child))
+        accepted = ours.accept()
+        try:
+            os.kill(child.pid, signal.SIGKILL)
+            within(2, lambda: accepted._error is not None)
+            assert isinstance(accepted._error, PeerLost)
+        finally:
+            os.kill(grandchild, signal.SIGKILL)
+            end(child)
+
+
+def test_f17_a_peer_that_restarts_at_its_address():
+    code = "print(ep.listen(sys.argv[1]), flush=True); sys.stdin.read(); os._exit(0)"
+    with Endpoint(TCP) as ours:
+        first = process(code, "127.0.0.1:0")
+        where = line_of(first)
+        before = ours.connect(where)
+        first.kill()
+        end(first)
+        second = process(code, where)
+        assert line_of(second) == where
+        after = ours.connect(where)
+        assert after is not before
+        assert after.peer.incarnation != before.peer.incarnation
+        within(10, lambda: before._error is not None)
+        assert before.state == "lost"
+        assert isinstance(before._error, PeerLost)
+        end(second)
+
+
+def test_f20_out_of_descriptors():
+    with Endpoint(TCP) as ours, Endpoint(TCP) as theirs:
+        where = theirs.listen("127.0.0.1:0")
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        held = []
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 256), hard))
+        try:
+            while True:
+                try:
+                    held.append(os.open("/dev/null", os.O_RDONLY))
+                except OSError:
+                    break
+            with pytest.raises(ResourceLimit, match="ulimit"):
+                ours.connect(where, timeout=0.3)
+            with pytest.raises(ResourceLimit, match=r"files|descriptors"):
+                Endpoint(TCP)
+            for fd in held[:3]:  # enough to dial, not to accept
+                os.close(fd)
+            future = ours._acceptor.connect(where, 20)
+            for fd in held[3:]:
+                os.close(fd)
+            assert future.result(20).state == "open"
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert theirs.accept().state == "open"
+
+
+def test_a_peer_whose_process_holds_the_gil():
+    child = process(
+        """
+        import ctypes
+        print(ep.listen("127.0.0.1:0"), flush=True)
+        hog = ctypes.PyDLL(None).usleep  # PyDLL: with the GIL held
+        for _ in range(60):
+            hog(1_000_000)
+            time.sleep(0.005)
+        """
+    )
+    try:
+        with Endpoint(TCP) as ours:
+            assert ours.connect(line_of(child), timeout=20).state == "open"
+    finally:
+        child.kill()
+        end(child)
+
+
+def test_a_stranger_is_not_charged_for_our_wait_for_the_gil():
+    ours = Endpoint(Config(backends=("tcp",), handshake_timeout_s=0.5))
+    with ours, Endpoint(TCP) as theirs:
+        where = ours.listen("127.0.0.1:0")
+        future = theirs._acceptor.connect(where, 20)
+        for _ in range(3):
+            ctypes.PyDLL(None).usleep(700_000)
+            time.sleep(0.005)
+        assert future.result(20).state == "open"
+        assert "handshakes_refused" not in ours.stats()
+
+
+def test_close_from_many_threads():
+    ours = Endpoint(TCP)
+    threads = [threading.Thread(target=ours.close) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    with pytest.raises(ConnectionClosed):
+        ours.listen("127.0.0.1:0")
+
+
+def test_an_idle_endpoint_sleeps():
+    with Endpoint(TCP) as ours, Endpoint(TCP) as theirs:
+        ours.connect(theirs.listen("127.0.0.1:0"))
+        turns = []
+        for one in (ours, theirs):
+            known = one._acceptor.loop._turn
+            one._acceptor.loop._turn = lambda known=known: (turns.append(1), known())
+        within(10, lambda: not theirs._acceptor._strangers)
+        select.select([], [], [], 0.2)  # what was due comes to rest
+        turns.clear()
+        select.select([], [], [], 0.5)
+        assert len(turns) <= 2
