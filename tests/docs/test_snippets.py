@@ -133,3 +133,13 @@ def test_files_that_are_named_exist(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_blocks_say_what_they_are(page: Path) -> None:
     assert {tag for tag, _, _ in blocks(page)} <= TAGS
+
+
+def test_each_row_of_the_faults_has_its_test() -> None:
+    """A row without a test is a claim without a proof."""
+    folder = ROOT / "tests" / "faults"
+    if not folder.is_dir():
+        pytest.skip("there is no tests/faults yet")
+    named = re.findall(r"`(test_f\d\d)`", (ROOT / "docs/reference/faults.md").read_text(encoding="utf-8"))
+    assert named
+    assert [row for row in named if not list(folder.glob(f"{row}*.py"))] == []
