@@ -430,9 +430,10 @@ void Connection::close(Cause cause, const std::string& reason, bool tell) {
     std::shared_ptr<backends::Path> path;
     {
         const std::lock_guard lock(mutex_);
-        if (lost_.load(std::memory_order_relaxed)) {
-            return;
+        if (lost_.load(std::memory_order_relaxed) || ending_) {
+            return;  // the first reason is the reason: the peer's answer to our goodbye is not
         }
+        ending_ = true;
         path = path_;
         if (tell) {
             session_.say_close(protocol::CloseCode::closed);

@@ -141,6 +141,7 @@ class Connection final : public backends::PathHost, public std::enable_shared_fr
     protocol::Time dead_after_;
     protocol::Cause lost_cause_ = protocol::Cause::ok;
     std::string lost_reason_;
+    bool ending_ = false;  // a close has begun; `lost_` follows once its goodbye is on its way
     std::vector<std::shared_ptr<MessageHandle>> dependents_;  // messages that wait for a transfer
 };
 
