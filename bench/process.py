@@ -128,7 +128,11 @@ class WorkerProcess(LineProcess):
         env: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(name, [python, "-m", module, *args], env)
-        self.read_reply(60)
+        try:
+            self.read_reply(60)
+        except WorkerError:
+            self.close()
+            raise
 
     def start(self, do: str, **arguments: Any) -> None:
         """Send a command; its replies are fetched by `read_reply`."""

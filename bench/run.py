@@ -12,7 +12,6 @@ from typing import Any
 
 from bench import cases, ours, raw_limits, report, targets
 from bench.cases import Case, case_of
-from bench.process import WorkerError
 from bench.progress import Progress
 from bench.rounds import CaseResult, run_case
 from bench.rows import Row
@@ -152,7 +151,7 @@ class Bench:
         try:
             program = getattr(importlib.import_module(f"bench.special.{module}"), function)
             self.rows += program(self.context)
-        except (WorkerError, OSError, RuntimeError) as error:
+        except Exception as error:  # one row's failure must not cost the others' results
             self.progress.say(f"{name}: {error}")
             self.rows.append(Row.failed(name, str(error)))
 

@@ -159,8 +159,8 @@ class BothEnds:
         for end, side in ((self.src, "src"), (self.dst, "dst")):
             end.do_allocate(case, side)  # type: ignore[arg-type]
             end.do_open(config)
-        address = self.dst.do_listen("127.0.0.1:0")["address"]
-        explain = self.src.do_connect(address)
+        assert self.dst.endpoint is not None
+        explain = self.src.do_connect(self.dst.endpoint.descriptor())
         self.dst.do_accept()
         return explain
 

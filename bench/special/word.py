@@ -18,14 +18,16 @@ from bench.special import native_tools
 from bench.special.context import Context
 
 LAYERS = case_of("a").tensors
-INTERVAL_NS = 3_000_000
+# 2 MiB a layer every 5 ms: the wire is idle when the last one is released, so that what shows is how it is noticed.
+BLOCKS = 32
+INTERVAL_NS = 5_000_000
 TARGET_MS = 1.0
 WAIT_S = 60.0
 
 
 def worker_receive(end: Any, seed: int, layers: list[int]) -> Iterator[dict[str, Any]]:
     """Worker, destination: post, say so, tell when the result was here (CLOCK_MONOTONIC is the host's)."""
-    ids = ids_of(end.case, seed, "dst")
+    ids = ids_of(end.case, seed, "dst")[:BLOCKS]
     end.arena.wipe()
     transfer = end.post(ids, f"word-{seed}", layers=layers)
     yield {}
@@ -33,13 +35,13 @@ def worker_receive(end: Any, seed: int, layers: list[int]) -> Iterator[dict[str,
     at_ns = time.monotonic_ns()
     wrong = 0
     if len(layers) == LAYERS:
-        wrong = end.arena.wrong_blocks(ids_of(end.case, seed, "src"), ids)
+        wrong = end.arena.wrong_blocks(ids_of(end.case, seed, "src")[:BLOCKS], ids)
     yield {"at_ns": at_ns, "wrong": wrong}
 
 
 def worker_send(end: Any, seed: int, layers: list[int]) -> dict[str, Any]:
     """Worker, source: send with nothing to wait for."""
-    ids = ids_of(end.case, seed, "src")
+    ids = ids_of(end.case, seed, "src")[:BLOCKS]
     began_ns = time.monotonic_ns()
     end.post(ids, f"word-{seed}", layers=layers).result(timeout=WAIT_S)
     return {"at_ns": began_ns}
@@ -48,7 +50,8 @@ def worker_send(end: Any, seed: int, layers: list[int]) -> dict[str, Any]:
 def worker_produce(end: Any, seed: int, layers: list[int]) -> dict[str, Any]:
     """Worker, source: send behind a gate that a C thread opens layer by layer."""
     gate = end.endpoint.layer_gate(LAYERS)
-    transfer = end.post(ids_of(end.case, seed, "src"), f"word-{seed}", layers=layers, after=gate)
+    ids = ids_of(end.case, seed, "src")[:BLOCKS]
+    transfer = end.post(ids, f"word-{seed}", layers=layers, after=gate)
     stamps = (ctypes.c_int64 * LAYERS)()
     tools = native_tools.releasing_gil()
     tools.producer_start(gate.word.ctypes.data, LAYERS, INTERVAL_NS, ctypes.addressof(stamps))
