@@ -10,7 +10,6 @@ call then raises ConnectionClosed or ForkedProcessError.
 
 from __future__ import annotations
 
-import asyncio
 import concurrent.futures
 import errno
 import os
@@ -136,6 +135,8 @@ class Endpoint:
 
     async def connect_async(self, where: str | Sequence[str], timeout: float = 10) -> Connection:
         """Do what `connect` does, without blocking the event loop. Cancelling the task ends the tries."""
+        import asyncio  # which takes longer to import than the rest of the package
+
         self._check()
         return await asyncio.wrap_future(self._acceptor.connect(where, timeout))
 

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 from kvtransport.acceptor import direct
 from kvtransport.acceptor.arrivals import Arrivals, Throttle
 from kvtransport.acceptor.dialler import Dial, Request
-from kvtransport.acceptor.engine import NativeEngine, NativeSession, open_session
+from kvtransport.acceptor.handover import open_session
 from kvtransport.acceptor.inbound import Inbound
 from kvtransport.acceptor.loop import Loop
 from kvtransport.acceptor.places import Place, Places
@@ -40,6 +40,7 @@ from kvtransport.protocol.messages import Hello, Role, printable
 from kvtransport.types import Peer, Protection
 
 if TYPE_CHECKING:
+    from kvtransport import _native
     from kvtransport.acceptor.attempt import Wanted
     from kvtransport.connection import Connection
 
@@ -53,7 +54,7 @@ STRANGERS_TICK_S: Final = 0.05
 class MakeConnection(Protocol):
     """How the endpoint makes a Connection; without a session it is connecting."""
 
-    def __call__(self, peer: Peer, backend_name: str, session: NativeSession | None) -> Connection:
+    def __call__(self, peer: Peer, backend_name: str, session: _native.Session | None) -> Connection:
         """Return a new one."""
 
 
@@ -61,7 +62,7 @@ class Acceptor:
     """The peers of one Endpoint. Any thread may use the first part, its own thread the rest."""
 
     def __init__(
-        self, engine: NativeEngine, incarnation: bytes, config: Config, make_connection: MakeConnection
+        self, engine: _native.Engine, incarnation: bytes, config: Config, make_connection: MakeConnection
     ) -> None:
         self.pid = os.getpid()
         self.engine = engine
@@ -179,7 +180,7 @@ class Acceptor:
             features=self._places.names,
         )
 
-    def open(self, sock: socket.socket, found: Found, wanted: Wanted | None) -> NativeSession:
+    def open(self, sock: socket.socket, found: Found, wanted: Wanted | None) -> _native.Session:
         """Hand a control connection whose handshake is over to the engine, and make a Connection of it."""
         peer_pid = visible_pid(self.reachability, found.hello.reachability)
         with self.roster.lock:
@@ -189,7 +190,7 @@ class Acceptor:
             self.adopt(session, found, wanted, ready=wanted is None)
         return session
 
-    def adopt(self, session: NativeSession, found: Found, wanted: Wanted | None, *, ready: bool) -> None:
+    def adopt(self, session: _native.Session, found: Found, wanted: Wanted | None, *, ready: bool) -> None:
         """Make a new session a Connection, and put it in the roster, whose lock is held.
 
         `wanted`: the Dial that it is for; None: the peer has dialled us.

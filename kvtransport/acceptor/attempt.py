@@ -24,7 +24,6 @@ import time
 from typing import TYPE_CHECKING, Final, Protocol
 
 from kvtransport.acceptor.channel import Channel, ClosedByPeer
-from kvtransport.acceptor.engine import NativeSession
 from kvtransport.acceptor.lanes import Lane, LaneState
 from kvtransport.acceptor.roster import Found, Ruling
 from kvtransport.backends.base import LinkProof, StreamBackend, Target
@@ -41,6 +40,7 @@ from kvtransport.protocol.handshake import Established, Event, PeerKnown
 from kvtransport.protocol.messages import Hello, Role
 
 if TYPE_CHECKING:
+    from kvtransport import _native
     from kvtransport.acceptor.acceptor import Acceptor
     from kvtransport.connection import Connection
 
@@ -96,7 +96,7 @@ class Attempt:
         self._prove_s = PROVE_FIRST_S
         self._due = NEVER
         self._terms: Terms | None = None
-        self._session: NativeSession | None = None
+        self._session: _native.Session | None = None
         self._lanes: list[Lane] = []
 
     # --- for the Dial ------------------------------------------------------------------------------------

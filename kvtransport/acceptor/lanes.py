@@ -19,7 +19,6 @@ import socket
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
-from kvtransport.acceptor.engine import NativeSession
 from kvtransport.backends.base import StreamBackend, Target
 from kvtransport.errors import AuthenticationError, KVTransportError, RemoteProtocolError
 from kvtransport.protocol import messages
@@ -27,6 +26,7 @@ from kvtransport.protocol.auth import SUITE_NULL
 from kvtransport.protocol.messages import Kind, Preamble
 
 if TYPE_CHECKING:
+    from kvtransport import _native
     from kvtransport.acceptor.acceptor import Acceptor
 
 RETRY_FIRST_S: Final = 0.002
@@ -41,7 +41,7 @@ class Lane:
         acceptor: Acceptor,
         backend: StreamBackend,
         target: Target,
-        session: NativeSession,
+        session: _native.Session,
         number: int,
         on_change: Callable[[], None],
     ) -> None:

@@ -29,13 +29,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Protocol
 
-from kvtransport.acceptor.engine import NativeSession
 from kvtransport.acceptor.reachability import same_network
 from kvtransport.backends.base import LinkProof
 from kvtransport.protocol.agreement import Terms
 from kvtransport.protocol.messages import Hello, Reachability
 
 if TYPE_CHECKING:
+    from kvtransport import _native
     from kvtransport.connection import Connection
 
 REMEMBERED: Final = 256
@@ -85,7 +85,7 @@ class Entry:
 
     incarnation: bytes
     holder: Holder | None = None
-    session: NativeSession | None = None
+    session: _native.Session | None = None
     ready: bool = False
     found: Found | None = None
     dialled: set[str] = field(default_factory=set)  # addresses where we have found it
@@ -145,7 +145,7 @@ class Roster:
 
     # --- sessions ----------------------------------------------------------------------------------------
 
-    def opened(self, found: Found, session: NativeSession, connection: Connection, *, ready: bool) -> None:
+    def opened(self, found: Found, session: _native.Session, connection: Connection, *, ready: bool) -> None:
         """Put a session in its holder's place. `ready`: all lanes are there, or come by themselves."""
         incarnation = found.hello.incarnation
         with self.lock:
@@ -225,7 +225,9 @@ class Roster:
         with self.lock:
             return [c for entry in self._entries.values() for c in entry.connections]
 
-    def predecessors(self, hello: Hello, address: str | None) -> tuple[list[NativeSession], list[Connection]]:
+    def predecessors(
+        self, hello: Hello, address: str | None
+    ) -> tuple[list[_native.Session], list[Connection]]:
         """Return the sessions and Connections of earlier incarnations that a new peer has taken the place of.
 
         It has if it says to listen where they did, and is known to mean the same place: we dialled it there,

@@ -1,0 +1,40 @@
+"""From a handshake to the engine: a control connection changes hands.
+
+Here: what agreed terms are to the engine. Not here: agreeing on them (`protocol`), what becomes of the session
+(`acceptor`). The engine is given: nothing in this package imports the extension.
+
+Invariant: a control socket that was given to `open_session` belongs to the engine, whatever the call's
+outcome.
+"""
+
+from __future__ import annotations
+
+import socket
+from typing import TYPE_CHECKING
+
+from kvtransport.config import Config, default_chunk_nbytes
+from kvtransport.protocol.agreement import Terms
+
+if TYPE_CHECKING:
+    from kvtransport import _native
+
+
+def open_session(
+    engine: _native.Engine, sock: socket.socket, terms: Terms, config: Config, *, backend: str, peer_pid: int
+) -> _native.Session:
+    """Hand a control connection over to the engine, on the agreed terms."""
+    return engine.open_session(
+        sock.detach(),
+        session_id=terms.session_id,
+        initiator=terms.initiator,
+        peer_incarnation=terms.peer.incarnation,
+        protection=terms.protection,
+        lanes=terms.lanes,
+        chunk_nbytes=min(terms.chunk_nbytes, default_chunk_nbytes(terms.protection)),
+        peer_pid=peer_pid,
+        peer_caps=terms.capabilities,
+        backend=backend,
+        max_unmatched=config.max_unmatched,
+        max_regions=config.max_regions,
+        socket_buffer_nbytes=config.socket_buffer_nbytes or 0,
+    )
