@@ -121,7 +121,15 @@ class Acceptor:
 
     def connect(self, where: str | Sequence[str], timeout_s: float) -> Future[Connection]:
         """Return the Connection to who is at `where`, once there is a session."""
-        return self._request(self._places.parse(where), timeout_s)
+        place = self._places.parse(where)
+        future: Future[Connection] = Future()
+        connection = self._connected(place)
+        request = Request(future, timeout_s, self.loop.now() + timeout_s)
+        if connection is not None:
+            future.set_result(connection)
+        elif not self.loop.post(lambda: self._serve(place, request)):
+            future.set_exception(ConnectionClosed("the endpoint is closed"))
+        return future
 
     def connect_later(self, where: str | Sequence[str], timeout_s: float) -> Connection:
         """Return a Connection at once, which gets its session or fails within `timeout_s`."""
@@ -131,10 +139,12 @@ class Acceptor:
             return connection
         with self._lock:
             connection = self._premade.get(place)
-            if connection is None:
+            if connection is None or connection.state == "lost":
                 peer = Peer(place.expected or b"", address=place.addresses[0])
                 connection = self._premade[place] = self._make_connection(peer, "", None)
-        self._request(place, timeout_s)
+        request = Request(Future(), timeout_s, self.loop.now() + timeout_s)
+        if not self.loop.post(lambda: self._serve(place, request)):
+            connection._fail(ConnectionClosed("the endpoint is closed"))
         return connection
 
     def stop(self) -> None:
@@ -281,8 +291,9 @@ class Acceptor:
     def dial_over(self, dial: Dial) -> None:
         """Forget a Dial that has its outcome."""
         with self._lock:
-            if self._premade.get(dial.place) is dial.connection:
-                self._premade.pop(dial.place, None)
+            premade = self._premade.get(dial.place)
+            if premade is not None and (premade is dial.connection or premade.state != "connecting"):
+                del self._premade[dial.place]
         if self._dials.get(dial.place) is dial:
             del self._dials[dial.place]
 
@@ -302,16 +313,6 @@ class Acceptor:
 
     # --- connecting --------------------------------------------------------------------------------------
 
-    def _request(self, place: Place, timeout_s: float) -> Future[Connection]:
-        future: Future[Connection] = Future()
-        connection = self._connected(place)
-        request = Request(future, timeout_s, self.loop.now() + timeout_s)
-        if connection is not None:
-            future.set_result(connection)
-        elif not self.loop.post(lambda: self._serve(place, request)):
-            future.set_exception(ConnectionClosed("the endpoint is closed"))
-        return future
-
     def _connected(self, place: Place) -> Connection | None:
         if place.expected is not None:
             return self.roster.joined(place.expected, None, None)
@@ -324,7 +325,9 @@ class Acceptor:
             dial = self._dials[place] = Dial(self, place)
         request.future.add_done_callback(partial(self._on_cancel, dial))
         with self._lock:
-            dial.connection = dial.connection or self._premade.get(place)
+            premade = self._premade.get(place)
+        if dial.connection is None and premade is not None and premade.state == "connecting":
+            dial.connection = premade
         dial.add(request)
         dial.on_roster()
         dial.on_time(self.loop.now())

@@ -10,6 +10,7 @@ left to say first, without waiting for it.
 from __future__ import annotations
 
 import contextlib
+import select
 import selectors
 import socket
 
@@ -72,6 +73,13 @@ class Channel:
             self.machine.close()
         except KVTransportError as e:
             raise ClosedByPeer(str(e)) from None
+
+
+def has_hung_up(sock: socket.socket) -> bool:
+    """Say whether the other end has closed, though bytes of it may be unread."""
+    poll = select.poll()
+    poll.register(sock, select.POLLRDHUP)
+    return bool(poll.poll(0))
 
 
 class ClosedByPeer(Exception):

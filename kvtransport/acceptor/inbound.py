@@ -13,10 +13,11 @@ import socket
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from kvtransport.acceptor.channel import Channel, ClosedByPeer
+from kvtransport.acceptor.channel import Channel, ClosedByPeer, has_hung_up
 from kvtransport.acceptor.roster import Found, Ruling
 from kvtransport.backends.base import LinkProof, StreamBackend
 from kvtransport.errors import AuthenticationError, KVTransportError
+from kvtransport.protocol.agreement import SessionDeclined
 from kvtransport.protocol.handshake import Established, Event, Handshake, PeerKnown, ProveLink
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ class Inbound:
             if not self._over:
                 self._channel.flush()
                 self._acceptor.loop.watch(self._channel.sock, self._channel.interest(), self.on_ready)
-        except ClosedByPeer as e:
+        except (ClosedByPeer, SessionDeclined) as e:
             self.end(str(e), expected=True)
         except (KVTransportError, OSError) as e:
             self.end(f"{type(e).__name__}: {e}")
@@ -111,7 +112,9 @@ class Inbound:
         self.proof = self._backend.prove(self._channel.sock, self._acceptor.policy)
         if self.proof is None:
             machine.refuse()
-            raise AuthenticationError("the other end is gone, or not of this host")
+            if has_hung_up(self._channel.sock):
+                raise ClosedByPeer("the peer closed the connection")
+            raise AuthenticationError("the other end is not of this host, though its address is")
         machine.proved()
         self._channel.flush()
 

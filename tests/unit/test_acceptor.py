@@ -2,9 +2,11 @@
 
 import asyncio
 import os
+import random
 import socket
 import threading
 import time
+from functools import partial
 
 import pytest
 
@@ -189,6 +191,26 @@ def test_f18_a_hundred_threads_connect_to_one_peer(endpoint):
     assert theirs.accept().state == "open"
     with pytest.raises(WaitTimeout):
         theirs.accept(timeout=0)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_f18_every_mix_of_connects_ends_in_one_session(endpoint, seed):
+    mix = random.Random(seed)
+    backends = mix.choice([("tcp",), None])
+    ours, theirs = endpoint(backends=backends), endpoint(backends=backends)
+    ours.listen(LOOPBACK), theirs.listen(mix.choice([LOOPBACK, "[::1]:0"]))
+    both = [(ours, theirs), (theirs, ours)]
+    calls = []
+    for _ in range(mix.randint(2, 6)):
+        one, other = mix.choice(both)
+        where = mix.choice([other.descriptor(), other._acceptor.addresses()[0]])
+        calls.append(partial(one.connect, where, timeout=20, wait=mix.random() < 0.7))
+    found = at_once(*calls)
+    until = time.monotonic() + 20
+    while not (ours.connections() and theirs.connections() and all(c.state == "open" for c in found)):
+        assert time.monotonic() < until, found
+        time.sleep(0.001)
+    assert len({c._session.id for c in (*found, *ours.connections(), *theirs.connections())}) == 1
 
 
 def test_f18_in_one_process(endpoint):
