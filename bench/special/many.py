@@ -101,10 +101,11 @@ class _Group:
             self.dst.call("many.accept")
             self.count += 1
 
-    def rate(self, seed: int, nbytes: int) -> float:
-        self.dst.call("many.receive", seed=seed, conns=self.count)
+    def rate(self, conns: int, seed: int, nbytes: int) -> float:
+        """Move `nbytes` over the first `conns` connections; return GB/s."""
+        self.dst.call("many.receive", seed=seed, conns=conns)
         time.sleep(0.05)
-        seconds: float = self.src.call("many.send", seed=seed, conns=self.count)["seconds"]
+        seconds: float = self.src.call("many.send", seed=seed, conns=conns)["seconds"]
         if wrong := self.dst.read_reply()["wrong"]:
             raise RuntimeError(f"{wrong} blocks hold wrong bytes")
         return nbytes / seconds / 1e9
@@ -134,20 +135,25 @@ def measure_idle(context: Context) -> list[Row]:
 
 
 def measure_bandwidth(context: Context) -> list[Row]:
-    rates: dict[int, float] = {}
+    rates: dict[int, list[float]] = {count: [] for count in CONN_COUNTS}
     with context.pair("a", open_now=False) as pair:
         group = _Group(pair)
         nbytes = 512 << 20
-        for count in CONN_COUNTS:
-            context.progress.step(f"bandwidth of {count} connections")
-            group.grow(count)
-            group.rate(10_000 * count, nbytes)  # opens the windows
-            rates[count] = measure.median(
-                [group.rate(10_000 * count + 1 + i, nbytes) for i in range(context.rounds)]
-            )
+        context.progress.step(f"{CONN_COUNTS[-1]} connections")
+        group.grow(CONN_COUNTS[-1])
+        group.rate(CONN_COUNTS[-1], 0, nbytes)  # opens the windows
+        for turn in range(context.rounds):
+            context.progress.step(f"bandwidth of 1 to {CONN_COUNTS[-1]} connections: round {turn + 1}")
+            for count in CONN_COUNTS:
+                rates[count].append(group.rate(count, 1000 * (turn + 1) + count, nbytes))
         pair.src.call("many.close")
     context.details["connections_gb_s"] = rates
-    shown = ", ".join(f"{count}: {rate:.1f}" for count, rate in rates.items())
-    flat = max(rates.values()) / min(rates.values())
+    shown = ", ".join(f"{count}: {measure.median(values):.1f}" for count, values in rates.items())
+    # Over the same round's rate of one connection: the machine's own ups and downs are in both.
+    relative = [
+        measure.median([value / one for value, one in zip(values, rates[CONN_COUNTS[0]], strict=True)])
+        for values in rates.values()
+    ]
+    flat = max(relative) / min(relative)
     name = f"total GB/s at {CONN_COUNTS[0]} to {CONN_COUNTS[-1]} connections: max / min"
     return [Row(name, f"{flat:.2f} ({shown})", f"<= {FLAT:g}", flat <= FLAT)]
