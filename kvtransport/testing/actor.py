@@ -6,9 +6,12 @@ Invariant: every argument and result is plain JSON, so that a side may be anothe
 as they are. Nothing waits without a limit.
 """
 
+# ruff: noqa: D102 - the commands do what the methods of Side say that have their names
+
 from __future__ import annotations
 
 import builtins
+import gc
 import os
 import signal
 from typing import Any, Final
@@ -185,7 +188,7 @@ class Actor:
 
     def _transfer(self, name: str) -> Transfer:
         found = self.handles[name]
-        assert isinstance(found, Transfer)  # noqa: S101 - for the type checker
+        assert isinstance(found, Transfer)  # for the type checker
         return found
 
 
@@ -207,6 +210,6 @@ def error_from_json(plain: dict[str, Any]) -> BaseException:
     if not (isinstance(kind, type) and issubclass(kind, BaseException)):
         return AssertionError(f"{name}: {plain['text']}")
     if issubclass(kind, errors.TransferOutcome):
-        blocks = {group: {at: state for at, state in states} for group, states in plain["blocks"]}
+        blocks = {group: dict(states) for group, states in plain["blocks"]}
         return kind(plain["text"], blocks=blocks, **plain["attributes"])
     return kind(plain["text"])

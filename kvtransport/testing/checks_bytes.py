@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import chain
 from typing import Final
 
 from kvtransport.testing.blocks import Blocks
@@ -195,7 +196,7 @@ def hundreds_interleaved(harness: Harness) -> None:
                 source.send(f"send {key}", "of", there[key], key=key)
             else:
                 destination.recv(f"recv {key}", "to", here[key], key=key)
-        expected = to.after(of, sum(here.values(), []), sum(there.values(), []))
+        expected = to.after(of, chain.from_iterable(here.values()), chain.from_iterable(there.values()))
         for source, destination in sides:
             destination.results(f"recv {key}" for key in keys)
             source.results(f"send {key}" for key in keys)

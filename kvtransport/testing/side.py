@@ -135,6 +135,7 @@ class ProcessSide(Side):
     def __init__(self, name: str) -> None:
         self.name = name
         self._children: list[int] = []
+        self._killed = False
         self._process = subprocess.Popen(
             [sys.executable, "-m", "kvtransport.testing.worker"],
             stdin=subprocess.PIPE,
@@ -151,7 +152,7 @@ class ProcessSide(Side):
     @property
     def alive(self) -> bool:
         """Whether it can be called."""
-        return self._process.poll() is None
+        return not self._killed and self._process.poll() is None
 
     def call(self, command: str, **arguments: Any) -> Any:
         """Write the command; wait for the answer."""
@@ -161,7 +162,7 @@ class ProcessSide(Side):
     def ask(self, command: str, **arguments: Any) -> None:
         """Write the command; `answer` has to follow, unless the process is killed."""
         pipe = self._process.stdin
-        assert pipe is not None  # noqa: S101 - for the type checker
+        assert pipe is not None  # for the type checker
         line = memoryview(json.dumps({"command": command, "arguments": arguments}).encode() + b"\n")
         while line:
             line = line[pipe.write(line) or 0 :]
@@ -169,7 +170,7 @@ class ProcessSide(Side):
     def answer(self, command: str) -> Any:
         """Return the value that came, or raise the error."""
         pipe = self._process.stdout
-        assert pipe is not None  # noqa: S101 - for the type checker
+        assert pipe is not None  # for the type checker
         while b"\n" not in self._rest:
             if not select.select([pipe], [], [], 3 * LIMIT_S)[0]:
                 raise AssertionError(f"{self.name}: no answer to {command} in {3 * LIMIT_S} s")
@@ -189,12 +190,12 @@ class ProcessSide(Side):
 
     def kill(self) -> None:
         """SIGKILL to the process, not to its children."""
+        self._killed = True
         self._process.kill()
 
     def end(self) -> None:
         """End the process and its children."""
-        if self.alive:
-            self._process.kill()
+        self.kill()
         self._process.wait(LIMIT_S)
         for pid in self._children:
             os.kill(pid, signal.SIGKILL)
