@@ -2,6 +2,7 @@
 
 import pytest
 
+from kvtransport.testing.side import ProcessSide
 from tests.faults.peers import Through
 
 
@@ -10,3 +11,18 @@ def tcp():
     harness = Through("tcp", "127.0.0.1:0")
     yield harness
     harness.close()
+
+
+@pytest.fixture
+def far():
+    """Make processes with an endpoint each, that the test connects itself."""
+    made = []
+
+    def make(name, **config):
+        made.append(ProcessSide(name))
+        made[-1].call("start", config={"backends": ["tcp"], **config})
+        return made[-1]
+
+    yield make
+    for side in made:
+        side.end()

@@ -1,0 +1,59 @@
+"""F19: a receiver stops reading: its sender is held back, then told; other peers go on."""
+
+import time
+
+from kvtransport import Config, Endpoint
+from kvtransport.errors import PeerAborted, TransferTimeout
+from kvtransport.testing.blocks import Blocks
+from tests.faults.peers import IDS, OF, TO, check_delivered, stopped, until
+
+MUCH = Blocks(64, 1 << 20)
+STALL_S = 1.5
+
+
+def test_f19_receiver_stopped_others_go_on(far):
+    frozen, other = far("frozen", dead_after_s=30.0), far("other")
+    with Endpoint(Config(backends=("tcp",), dead_after_s=30.0)) as ours:
+        connections = {
+            side: ours.connect(side.call("listen", address="127.0.0.1:0")) for side in (frozen, other)
+        }
+        for side in connections:
+            side.call("accept")
+        much, some = ours.register(MUCH.views(MUCH.memory())), ours.register(OF.views(OF.memory()))
+        frozen.pool("to", MUCH)
+        frozen.recv("t", "to", range(MUCH.count))
+        gate = ours.layer_gate(1)
+        slow = connections[frozen].send_blocks(
+            much, range(MUCH.count), key="t", after=gate, stall_timeout_s=STALL_S
+        )
+        until(lambda: slow.state == "matched")
+        with stopped(frozen.pid):
+            start = time.monotonic()
+            gate.mark_ready(0)
+            rounds = 0
+            while not slow.done():
+                moves(connections[other], some, other, f"t{rounds}")
+                rounds += 1
+            took = time.monotonic() - start
+            error = slow.exception()
+            assert connections[frozen].state == "open"
+        assert type(error) is TransferTimeout
+        assert error.waiting_for == "bytes"
+        assert error.retryable
+        assert STALL_S - 0.1 < took < STALL_S + 2
+        check_delivered(error)
+        assert rounds >= 5
+        theirs = frozen.error("t")
+        assert type(theirs) is PeerAborted
+        assert theirs.quiesced is True
+        moves(connections[frozen], some, frozen, "next")
+
+
+def moves(connection, pool, side, key: str) -> None:
+    """Send some blocks to another peer, and see them arrive."""
+    side.pool(key, TO)
+    side.recv(key, key, IDS)
+    connection.send_blocks(pool, IDS, key=key).result(20)
+    side.result(key)
+    side.holds(key, TO.after(OF, IDS, IDS))
+    side.call("close_pool", name=key)
