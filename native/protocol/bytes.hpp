@@ -1,8 +1,8 @@
 // Bounded little-endian reading and writing of frame bodies.
 //
-// Lives here: the two cursors that every body goes through. Does not live here: what the bodies mean (frames.hpp).
-// Invariant: a Reader never reads past its span and never allocates from a length that it hasn't checked against
-// the bytes that are left; bounds are compared by subtraction.
+// Lives here: the two cursors that every body goes through. Does not live here: what the bodies mean
+// (frames.hpp). Invariant: a Reader never reads past its span and never allocates from a length that it
+// hasn't checked against the bytes that are left; bounds are compared by subtraction.
 #pragma once
 
 #include <cstddef>

@@ -8,15 +8,19 @@
 
 namespace kvt::protocol {
 
-/// Transfers up to this size share the lanes before longer ones: one block of a large model (2 to 5 MiB) counts as short.
+/// Transfers up to this size share the lanes before longer ones: one block of a large model (2 to 5 MiB)
+/// counts as short.
 inline constexpr std::uint64_t kShortNbytes = 8u << 20;
-/// After so many chunks of short transfers in a row a long one gets a turn, so that short ones can't starve it.
+/// After so many chunks of short transfers in a row a long one gets a turn, so that short ones can't starve
+/// it.
 inline constexpr unsigned kShortInARow = 8;
 
-/// 1 MiB chunks carry 512 MiB at 16.5 GB/s on two lanes, smaller ones lose to per-chunk work; a 2 MiB block in 256 KiB
-/// chunks took 184 us at the median against 293 us as one piece, because both lanes and both ends work at once. With
-/// digests 512 KiB keeps a chunk in the second-level cache between the copy and the checksum.
-inline std::uint64_t chunk_nbytes_for(std::uint64_t transfer_nbytes, bool digests, std::uint64_t configured) noexcept {
+/// 1 MiB chunks carry 512 MiB at 16.5 GB/s on two lanes, smaller ones lose to per-chunk work; a 2 MiB block
+/// in 256 KiB chunks took 184 us at the median against 293 us as one piece, because both lanes and both ends
+/// work at once. With digests 512 KiB keeps a chunk in the second-level cache between the copy and the
+/// checksum.
+inline std::uint64_t chunk_nbytes_for(std::uint64_t transfer_nbytes, bool digests,
+                                      std::uint64_t configured) noexcept {
     if (configured != 0) {
         return std::min<std::uint64_t>(configured, kMaxChunkNbytes);
     }

@@ -1,6 +1,8 @@
 #include "protocol/frames.hpp"
 
 #include <algorithm>
+#include <string_view>
+#include <unordered_set>
 
 #include "base/crc32c.hpp"
 
@@ -10,19 +12,19 @@ namespace {
 
 constexpr std::size_t kMaxNameNbytes = 255;
 constexpr std::size_t kMaxGroups = 1024;
-constexpr std::size_t kMaxLayers = 1024;    // regions of a peer, faults.md rule 9
+constexpr std::size_t kMaxLayers = 1024;  // regions of a peer, faults.md rule 9
 
 struct Rule {
     FrameType type;
-    std::uint8_t flags;          // those that may be set
-    std::uint32_t least, most;    // body bytes
+    std::uint8_t flags;         // those that may be set
+    std::uint32_t least, most;  // body bytes
 };
 
 constexpr Rule kRules[] = {
     {FrameType::pool, kPoolClosed, 0, kMaxControlBodyNbytes},
     {FrameType::offer, 0, 1, kMaxControlBodyNbytes},
     {FrameType::want, kWantPulls, 1, kMaxControlBodyNbytes},
-    {FrameType::chunk, kChunkOfferDue, 1, kMaxChunkNbytes},
+    {FrameType::chunk, 0, 1, kMaxChunkNbytes},
     {FrameType::done, 0, 0, 0},
     {FrameType::abort, kFromSource | kOfferId, 1, 16 * 1024},
     {FrameType::aborted, kFromSource | kOfferId, 0, 0},
@@ -35,7 +37,8 @@ constexpr Rule kRules[] = {
 };
 
 const Rule* rule_of(FrameType type) noexcept {
-    const auto found = std::find_if(std::begin(kRules), std::end(kRules), [&](const Rule& r) { return r.type == type; });
+    const auto found = std::find_if(std::begin(kRules), std::end(kRules),
+                                    [&](const Rule& r) { return r.type == type; });
     return found == std::end(kRules) ? nullptr : found;
 }
 
@@ -71,6 +74,12 @@ Terms read_terms(Reader& in) {
     return terms;
 }
 
+bool has_name_twice(const std::vector<LayerTerms>& layers) {
+    std::unordered_set<std::string_view> names;
+    return !std::all_of(layers.begin(), layers.end(),
+                        [&](const LayerTerms& layer) { return names.insert(layer.name).second; });
+}
+
 std::string read_key(Reader& in) {
     std::string key = in.text(kMaxKeyNbytes);
     if (key.empty()) {
@@ -82,8 +91,9 @@ std::string read_key(Reader& in) {
 }  // namespace
 
 const char* name_of(FrameType type) noexcept {
-    constexpr const char* kNames[] = {"?",     "POOL",     "OFFER",   "WANT",        "CHUNK", "DONE", "ABORT",
-                                      "ABORTED", "GATED", "RELEASED", "MESSAGE", "MESSAGE_ACK", "PING",  "CLOSE"};
+    constexpr const char* kNames[] = {"?",       "POOL",        "OFFER",   "WANT",  "CHUNK",
+                                      "DONE",    "ABORT",       "ABORTED", "GATED", "RELEASED",
+                                      "MESSAGE", "MESSAGE_ACK", "PING",    "CLOSE"};
     const auto index = static_cast<std::size_t>(type);
     return index < std::size(kNames) ? kNames[index] : kNames[0];
 }
@@ -156,7 +166,8 @@ Trailer decode_trailer(std::span<const std::byte, kTrailerNbytes> raw) {
         throw Violation("a chunk's digest is of an unknown kind");
     }
     const auto unused = [](std::byte b) { return b != std::byte{0}; };
-    if (std::any_of(raw.begin() + 2, raw.begin() + 4, unused) || std::any_of(raw.begin() + 8, raw.end(), unused)) {
+    if (std::any_of(raw.begin() + 2, raw.begin() + 4, unused) ||
+        std::any_of(raw.begin() + 8, raw.end(), unused)) {
         throw Violation("reserved bytes of a chunk's trailer aren't zero");
     }
     return trailer;
@@ -245,7 +256,8 @@ AbortBody decode_abort(std::span<const std::byte> raw) {
     Reader in(raw);
     AbortBody body;
     const auto code = in.integer<std::uint32_t>();
-    if (code < static_cast<std::uint32_t>(AbortCode::cancelled) || code > static_cast<std::uint32_t>(AbortCode::local_error)) {
+    if (code < static_cast<std::uint32_t>(AbortCode::cancelled) ||
+        code > static_cast<std::uint32_t>(AbortCode::local_error)) {
         throw Violation("an ABORT's code is unknown");
     }
     body.code = static_cast<AbortCode>(code);
@@ -306,6 +318,9 @@ PoolTerms decode_pool(std::span<const std::byte> raw) {
         pool.layers.push_back(std::move(layer));
     }
     in.finish();
+    if (pool.named && has_name_twice(pool.layers)) {
+        throw Violation("a POOL has two layers of one name");
+    }
     return pool;
 }
 

@@ -1,8 +1,9 @@
-// The frames of an established session: 64-byte headers, bodies, chunk trailers. The only native parser of peer bytes.
+// The frames of an established session: 64-byte headers, bodies, chunk trailers. The only native parser of
+// peer bytes.
 //
-// Lives here: encoding and decoding, limits of every field. Does not live here: what a frame does (session.hpp).
-// Invariant: nothing of a frame is used before the CRC32C of its header has agreed, and no body is accepted whose
-// length the type does not allow. docs/reference/wire.md is the normative text.
+// Lives here: encoding and decoding, limits of every field. Does not live here: what a frame does
+// (session.hpp). Invariant: nothing of a frame is used before the CRC32C of its header has agreed, and no
+// body is accepted whose length the type does not allow. docs/reference/wire.md is the normative text.
 #pragma once
 
 #include <array>
@@ -46,12 +47,12 @@ enum class FrameType : std::uint8_t {
 };
 
 // Flags, by frame type; every bit that isn't named for the type is zero.
-inline constexpr std::uint8_t kPoolClosed = 1;      // POOL: forget this pool
-inline constexpr std::uint8_t kWantPulls = 1;       // WANT: the destination copies by itself; send no chunk
-inline constexpr std::uint8_t kChunkOfferDue = 1;   // CHUNK: an OFFER with the source's meta travels on control
-inline constexpr std::uint8_t kFromSource = 1;      // ABORT, ABORTED: said by the source (else by the destination)
-inline constexpr std::uint8_t kOfferId = 2;         // ABORT, ABORTED: the id is an offer's, not a want's
-inline constexpr std::uint8_t kGateShut = 1;        // GATED
+inline constexpr std::uint8_t kPoolClosed = 1;  // POOL: forget this pool
+inline constexpr std::uint8_t kWantPulls = 1;   // WANT: the destination copies by itself; send no chunk
+inline constexpr std::uint8_t kFromSource =
+    1;                                        // ABORT, ABORTED: said by the source (else by the destination)
+inline constexpr std::uint8_t kOfferId = 2;   // ABORT, ABORTED: the id is an offer's, not a want's
+inline constexpr std::uint8_t kGateShut = 1;  // GATED
 
 /// Why a transfer ended, as the wire says it.
 enum class AbortCode : std::uint32_t {
@@ -70,11 +71,14 @@ struct Header {
     FrameType type{};
     std::uint8_t flags = 0;
     std::uint16_t attempt = 0;
-    std::uint32_t body_nbytes = 0;   // of the bytes behind the header; a chunk's trailer not counted
-    std::uint64_t transfer = 0;      // whose: see wire.md, by type
-    std::uint64_t offset = 0;        // of a chunk in the transfer's stream
-    std::uint64_t total = 0;         // bytes: of the transfer, done, consumed
-    std::uint64_t arg = 0;           // chunks, offer id, code
+    std::uint32_t body_nbytes = 0;  // of the bytes behind the header; a chunk's trailer not counted
+    std::uint64_t transfer = 0;     // whose: a pool, an offer (OFFER, kOfferId), a message; else a want
+    std::uint64_t offset = 0;       // of a chunk in the transfer's stream
+    std::uint64_t total = 0;        // bytes: of the transfer, sealed (DONE), taken (MESSAGE_ACK)
+    // By type. DONE, ABORT, ABORTED: chunks that came or were begun. CLOSE: the code. WANT: the offer that it
+    // answers, or 0. CHUNK, GATED: the source's offer for this transfer, or 0. OFFER: it is for the first
+    // want of its key whose id is greater than this, or, if there is none, for one to come.
+    std::uint64_t arg = 0;
 };
 
 /// Encodes with the CRC32C in the last four bytes.
@@ -105,8 +109,8 @@ struct Range {
 struct OfferBody {
     std::string key;
     std::string meta;
-    std::string location;    // memory backends: where the bytes are, opaque here
-    bool gated = false;      // memory backends: RELEASED will name the layers
+    std::string location;  // memory backends: where the bytes are, opaque here
+    bool gated = false;    // memory backends: RELEASED will name the layers
     Terms terms;
 };
 struct WantBody {
@@ -118,7 +122,7 @@ struct WantBody {
 struct AbortBody {
     AbortCode code{};
     std::string reason;
-    Mismatch mismatch;    // set for layout_mismatch, as the teller sees it
+    Mismatch mismatch;  // set for layout_mismatch, as the teller sees it
 };
 struct PoolBody {
     PoolTerms pool;

@@ -9,8 +9,8 @@ namespace kvt::protocol {
 
 namespace {
 
-// Runs shorter than this cost more as descriptors of a system call than as copies through a staging buffer that stays in
-// cache. docs/explanation names the measurement.
+// Runs shorter than this cost more as descriptors of a system call than as copies through a staging buffer
+// that stays in cache. docs/explanation names the measurement.
 constexpr std::uint64_t kStagedRunNbytes = 2048;
 constexpr std::size_t kProbeRuns = 8;
 
@@ -45,7 +45,9 @@ void LaneWriter::abandon() {
     }
     abandoned_ = true;
     const bool begun = out_ > 0;
-    host_.chunk_left(*job_, false, begun);
+    // Once the trailer is on its way it says OK, and what it speaks for has left.
+    const bool whole = out_ > kHeaderNbytes + body_nbytes();
+    host_.chunk_left(*job_, whole, begun);
     if (!begun) {
         job_.reset();
         return;
@@ -54,7 +56,8 @@ void LaneWriter::abandon() {
     job_->transfer.reset();
 }
 
-std::size_t LaneWriter::gather(iovec* out, std::size_t most, std::size_t most_nbytes, const Staging& staging) {
+std::size_t LaneWriter::gather(iovec* out, std::size_t most, std::size_t most_nbytes,
+                               const Staging& staging) {
     std::size_t count = 0;
     if (out_ < kHeaderNbytes) {
         out[count++] = {header_.data() + out_, kHeaderNbytes - static_cast<std::size_t>(out_)};
@@ -79,7 +82,8 @@ std::size_t LaneWriter::gather(iovec* out, std::size_t most, std::size_t most_nb
     return count;
 }
 
-std::size_t LaneWriter::payload(iovec* out, std::size_t most, std::size_t most_nbytes, const Staging& staging) {
+std::size_t LaneWriter::payload(iovec* out, std::size_t most, std::size_t most_nbytes,
+                                const Staging& staging) {
     const std::uint64_t at = out_ < kHeaderNbytes ? 0 : out_ - kHeaderNbytes;
     const std::uint64_t left = body_nbytes() - at;
     if (abandoned_) {
@@ -114,8 +118,10 @@ std::size_t LaneWriter::payload(iovec* out, std::size_t most, std::size_t most_n
         for (std::size_t i = 0; i < count; ++i) {
             const std::uint64_t run_end = offset + out[i].iov_len;
             if (run_end > digested_) {
-                const std::size_t skip = static_cast<std::size_t>(digested_ > offset ? digested_ - offset : 0);
-                digest_ = crc32c(digest_, static_cast<const std::byte*>(out[i].iov_base) + skip, out[i].iov_len - skip);
+                const std::size_t skip = static_cast<std::size_t>(digested_ > offset ? digested_ - offset
+                                                                                     : 0);
+                digest_ = crc32c(digest_, static_cast<const std::byte*>(out[i].iov_base) + skip,
+                                 out[i].iov_len - skip);
                 digested_ = run_end;
             }
             offset = run_end;
@@ -171,11 +177,8 @@ std::size_t LaneReader::want(iovec* out, std::size_t most, std::size_t most_nbyt
 }
 
 void LaneReader::land(const iovec& run, std::size_t n) {
-    const auto* data = static_cast<const std::byte*>(run.iov_base);
-    if (digest_kind_ == DigestKind::crc32c && target_.store) {
-        digest_ = crc32c(digest_, data, n);
-    }
     if (staged_) {
+        const auto* data = static_cast<const std::byte*>(run.iov_base);
         const std::uint64_t begin = target_.range.begin + body_have_;
         std::uint64_t reached = begin;
         while (reached < begin + n) {
@@ -219,12 +222,30 @@ void LaneReader::finish_header() {
     in_chunk_ = true;
     body_have_ = 0;
     trailer_have_ = 0;
-    digest_ = digest_seed(chunk_);
+}
+
+// The digest is of the chunk's bytes where they lie now, not as they passed: what is sealed is what can be
+// read. The chunk is small enough to be still in the second-level cache.
+std::uint32_t LaneReader::digest_in_place() const {
+    std::uint32_t digest = digest_seed(chunk_);
+    std::uint64_t at = target_.range.begin;
+    while (at < target_.range.end) {
+        iovec runs[64];
+        std::size_t count = 0;
+        at = target_.transfer->runs(at, target_.range.end, runs, std::size(runs), count);
+        for (std::size_t i = 0; i < count; ++i) {
+            digest = crc32c(digest, runs[i].iov_base, runs[i].iov_len);
+        }
+    }
+    return digest;
 }
 
 void LaneReader::finish_trailer() {
     const Trailer trailer = decode_trailer(std::span<const std::byte, kTrailerNbytes>(trailer_));
-    const bool verified = digest_kind_ == DigestKind::none || (trailer.kind == digest_kind_ && trailer.digest == digest_);
+    bool verified = digest_kind_ == DigestKind::none;
+    if (!verified && target_.store && trailer.status == ChunkStatus::ok) {
+        verified = trailer.kind == digest_kind_ && trailer.digest == digest_in_place();
+    }
     in_chunk_ = false;
     const ChunkTarget target = std::exchange(target_, {});
     host_.chunk_end(target, trailer, verified);

@@ -1,7 +1,7 @@
 // A set of half-open byte ranges of one stream, kept sorted and merged.
 //
-// Invariant: ranges are ascending, non-empty and never touch, so a stream that is all there is one range. Chunks arrive
-// nearly in order over a few lanes, hence the vector: it has a handful of entries.
+// Invariant: ranges are ascending, non-empty and never touch, so a stream that is all there is one range.
+// Chunks arrive nearly in order over a few lanes, hence the vector: it has a handful of entries.
 #pragma once
 
 #include <algorithm>
@@ -62,10 +62,12 @@ class RangeSet {
   private:
     // The first range that ends after `offset`.
     std::vector<Range>::const_iterator first_after(std::uint64_t offset) const noexcept {
-        return std::upper_bound(ranges_.begin(), ranges_.end(), offset, [](std::uint64_t at, const Range& r) { return at < r.end; });
+        return std::upper_bound(ranges_.begin(), ranges_.end(), offset,
+                                [](std::uint64_t at, const Range& r) { return at < r.end; });
     }
     std::vector<Range>::iterator first_after(std::uint64_t offset) noexcept {
-        return std::upper_bound(ranges_.begin(), ranges_.end(), offset, [](std::uint64_t at, const Range& r) { return at < r.end; });
+        return std::upper_bound(ranges_.begin(), ranges_.end(), offset,
+                                [](std::uint64_t at, const Range& r) { return at < r.end; });
     }
 
     std::vector<Range> ranges_;

@@ -1,14 +1,24 @@
-// One live session with a peer: matching, scheduling, transfers, messages. Bytes and events in, frames and orders out.
+// One live session with a peer: matching, scheduling, transfers, messages. Bytes and events in, frames and
+// orders out.
 //
-// Theory of operation. A session owns the records of all transfers of both directions. Frames of the control stream come
-// through receive(); movers ask next_chunk() for what to send and chunk_begin() where to store. What must happen outside
-// comes back as output: bytes for the control stream, transfers whose loads and stores the engine must stop (quiescing),
-// transfers and messages that have ended (finished). The caller holds one lock around every call, passes the time, and
-// acts on the output after it; nothing here blocks, sleeps, or knows a socket.
+// Theory of operation. A session owns the records of all transfers of both directions. Frames of the control
+// stream come through receive(); movers ask next_chunk() for what to send and chunk_begin() where to store.
+// What must happen outside comes back as output: bytes for the control stream, transfers whose loads and
+// stores the engine must stop (quiescing), transfers and messages that have ended (finished). The caller
+// holds one lock around every call, passes the time, and acts on the output after it; nothing here blocks,
+// sleeps, or knows a socket.
 //
-// A destination sends WANT when posted; at most `unmatched` WANTs and OFFERs are outstanding without a partner, more wait
-// here. A source sends OFFER when it is posted first, when it has meta, or when the backend is a memory backend (the
-// destination copies, having been told the location). A source that finds a WANT for its key starts at once.
+// A destination sends WANT when posted; at most `unmatched` WANTs and OFFERs are outstanding without a
+// partner, more wait here. A source sends OFFER when it is posted first, when it has meta, or when the
+// backend is a memory backend (the destination copies, having been told the location). A source that finds a
+// WANT for its key starts at once.
+//
+// A key may be used again at once, so the two sides must agree which WANT an OFFER is for while both are
+// under way. The source's reading decides: its OFFER is for the first WANT of its key that it had not read
+// when it wrote the OFFER, and the OFFER says which it had read. A destination therefore keeps a WANT that it
+// has ended until the source has answered for it. Over a stream an OFFER is a hint that may be withdrawn;
+// what the source says after the match (chunks, GATED) is not. Where the destination copies, an OFFER is as
+// good as bytes: the source takes it back only by a verdict.
 //
 // Invariant: see transfer.hpp; and whatever a peer can make us keep is bounded by SessionConfig.
 #pragma once
@@ -45,7 +55,7 @@ struct ChunkJob {
 struct ChunkTarget {
     TransferPtr transfer;
     Range range;
-    bool store = false;    // else it is drained into scratch
+    bool store = false;  // else it is drained into scratch
 };
 
 /// A message and its handle's record. The engine derives from it.
@@ -61,21 +71,31 @@ class Message {
 using MessagePtr = std::shared_ptr<Message>;
 
 struct SessionConfig {
-    bool memory_backend = false;    // the destination copies; else the source writes chunks
+    bool memory_backend = false;  // the destination copies; else the source writes chunks
     DigestKind digest = DigestKind::none;
     std::uint64_t chunk_nbytes = 0;
     std::uint32_t unmatched = 1024;
     std::uint32_t regions = 1024;
-    std::uint64_t message_window_nbytes = 32u << 20;    // sent and not yet taken by the peer's user
-    std::uint64_t message_queue_nbytes = 64u << 20;     // of the peer's, kept for our user
+    std::uint64_t message_window_nbytes = 32u << 20;  // sent and not yet taken by the peer's user
+    std::uint64_t message_queue_nbytes = 64u << 20;   // of the peer's, kept for our user
     std::size_t outbox_nbytes = 1u << 20;
+    std::size_t peer_state_nbytes = 64u << 20;  // of the peer's pools, unmatched WANTs and OFFERs
 };
+
+/// A source that has told the destination of its end waits so long for the verdict before it reports
+/// "unknown". The peer answers natively, so a round trip suffices; the deadline of a transfer may be passed
+/// by 100 ms in all.
+inline constexpr Time kVerdictGrace = 80'000'000;
+
+/// What a message counts against the windows: an empty one takes room too.
+inline constexpr std::uint64_t message_charge(std::uint64_t nbytes) noexcept { return nbytes + 64; }
 
 class Session {
   public:
     /// A session whose handshake isn't over: what is posted waits for open().
     explicit Session(Time now) : heard_at_(now), spoke_at_(now) {}
-    explicit Session(SessionConfig config, Time now) : config_(config), opened_(true), heard_at_(now), spoke_at_(now) {}
+    explicit Session(SessionConfig config, Time now)
+        : config_(config), opened_(true), heard_at_(now), spoke_at_(now) {}
     void open(SessionConfig config, Time now);
     /// Before open(): gives up what was posted, for another session with the same peer to take over.
     std::vector<TransferPtr> give_up_posts();
@@ -99,7 +119,8 @@ class Session {
     // What movers take.
     std::optional<ChunkJob> next_chunk(Time now);
     std::optional<ChunkJob> next_inline(Time now);
-    /// `whole`: all its bytes were read from the source. `begun`: its header was written, so the peer will see it.
+    /// `whole`: all its bytes were read from the source. `begun`: its header was written, so the peer will
+    /// see it.
     void chunk_left(const ChunkJob& job, bool whole, bool begun, Time now);
     std::optional<ChunkTarget> next_copy(Time now);
     bool has_chunks() const noexcept { return !short_.empty() || !long_.empty(); }
@@ -109,11 +130,11 @@ class Session {
     void quiesced(const TransferPtr& transfer, Time now);
     void on_time(Time now);
     Time next_deadline() const noexcept { return next_deadline_; }
-    void resumed(Time now);                  // our own process stood still: stall clocks start anew
-    bool poll_gates(Time now);               // true while a gated transfer waits
+    void resumed(Time now);     // our own process stood still: stall clocks start anew
+    bool poll_gates(Time now);  // true while a gated transfer waits
     bool gates_wait() const noexcept { return !gated_.empty(); }
-    /// Memory backends in one process: the destination's mover holds the source's record while it copies; null when the
-    /// source has ended. Each one lent is returned().
+    /// Memory backends in one process: the destination's mover holds the source's record while it copies;
+    /// null when the source has ended. Each one lent is returned().
     TransferPtr lend(std::uint64_t offer);
     void returned(const TransferPtr& transfer, Time now);
     void progressed(const TransferPtr& transfer, Time now) noexcept { transfer->moved_at = now; }
@@ -124,82 +145,131 @@ class Session {
 
     // Output, taken by the caller under the same lock.
     Bytes& outbox() noexcept { return outbox_; }
-    void pump(Time now);                     // moves what waited for room into the outbox
+    void pump(Time now);  // moves what waited for room into the outbox
     std::vector<TransferPtr> take_quiescing() { return std::exchange(quiescing_, {}); }
     std::vector<TransferPtr> take_finished() { return std::exchange(finished_, {}); }
     std::vector<MessagePtr> take_finished_messages() { return std::exchange(finished_messages_, {}); }
     std::vector<Bytes> take_messages() { return std::exchange(inbox_, {}); }
     bool has_output() const noexcept {
-        return !outbox_.empty() || !quiescing_.empty() || !finished_.empty() || !finished_messages_.empty() || !inbox_.empty();
+        return !outbox_.empty() || !quiescing_.empty() || !finished_.empty() || !finished_messages_.empty() ||
+               !inbox_.empty();
     }
     std::optional<CloseCode> peer_closed() const noexcept { return peer_closed_; }
 
     struct Counters {
-        std::uint64_t chunks_out = 0, chunks_in = 0, bytes_out = 0, bytes_in = 0, drained_chunks = 0, drained_bytes = 0;
-        std::uint64_t sends_ok = 0, sends_failed = 0, receives_ok = 0, receives_failed = 0, corrupt_chunks = 0;
+        std::uint64_t chunks_out = 0, chunks_in = 0, bytes_out = 0, bytes_in = 0, drained_chunks = 0,
+                      drained_bytes = 0;
+        std::uint64_t sends_ok = 0, sends_failed = 0, receives_ok = 0, receives_failed = 0,
+                      corrupt_chunks = 0;
         std::uint64_t messages_out = 0, messages_in = 0;
     };
     const Counters& counters() const noexcept { return counters_; }
     Counters& counters() noexcept { return counters_; }
     std::size_t unfinished() const noexcept { return source_keys_.size() + destination_keys_.size(); }
-    std::size_t tombstones() const noexcept { return wants_.size() - destination_keys_.size(); }
+    std::size_t tombstones() const noexcept { return tombstones_.size(); }
+    /// What is kept on the peer's behalf without a transfer of ours: unmatched WANTs and OFFERs, verdicts
+    /// still to come.
+    std::size_t kept_for_peer() const noexcept {
+        return unmatched_wants_.size() + unmatched_offers_.size() + late_.size() + late_offers_.size();
+    }
+    std::size_t outstanding() const noexcept { return outstanding_; }
     Time heard_at() const noexcept { return heard_at_; }
     void heard(Time now) noexcept { heard_at_ = now; }
     void spoke(Time now) noexcept { spoke_at_ = now; }
     Time spoke_at() const noexcept { return spoke_at_; }
 
   private:
-    struct UnmatchedWant {
-        std::uint64_t want = 0;
-        WantBody body;
+    template <class Body>
+    struct Unmatched {
+        std::uint64_t id = 0, total = 0;
+        std::size_t charge = 0;  // of peer_state_nbytes
+        Body body;
     };
-    struct UnmatchedOffer {
-        std::uint64_t offer = 0;
-        OfferBody body;
+    using UnmatchedWant = Unmatched<WantBody>;
+    using UnmatchedOffer = Unmatched<OfferBody>;
+    struct PeerPool {
+        PoolTerms terms;
+        std::size_t charge = 0;
     };
     struct Refusal {
         std::string reason;
         Time until = 0;
     };
 
-    // session.cpp: the parts that both roles share
+    // session.cpp: posting, telling, the machines
+    void enter(const TransferPtr& transfer, Time now);
+    bool room_to_tell() const noexcept;
+    void tell(const TransferPtr& transfer);
+    void tell_or_queue(const TransferPtr& transfer);
+    void count_outstanding(Transfer& transfer, bool counts) noexcept;
+    void pump_messages();
+    void end(const TransferPtr& transfer, Outcome why, Time now);
     void apply(const TransferPtr& transfer, Event event, Time now);
     void act(const TransferPtr& transfer, Action action, Time now);
     void finish(const TransferPtr& transfer, Time now);
     void forget(const TransferPtr& transfer);
-    void after_quiesce(const TransferPtr& transfer, Time now);
-    void enter(const TransferPtr& transfer, Time now);
-    void tell(const TransferPtr& transfer);
-    void tell_or_queue(const TransferPtr& transfer);
+    void check_early_done(Transfer& transfer);
+    void answer_after_quiesce(const TransferPtr& transfer);
     void announce(std::uint64_t pool_id, const PoolTerms& pool);
     void send_abort(const Transfer& transfer);
-    void send(FrameType type, std::uint8_t flags, std::uint64_t transfer, std::uint64_t total, std::uint64_t arg);
+    void send(FrameType type, std::uint8_t flags, std::uint64_t transfer, std::uint64_t total,
+              std::uint64_t arg);
     void send(Header header, const Bytes& body);
+
+    // session_time.cpp: deadlines and loss
     void watch(Time deadline) noexcept { next_deadline_ = std::min(next_deadline_, deadline); }
+    void watch(const Transfer& transfer) noexcept;
     Time deadline_of(const Transfer& transfer, Cause& cause) const noexcept;
-    const PoolTerms& peer_pool(const Terms& terms) const;
+    void leave_without_verdict(const TransferPtr& transfer, Time now);
+    bool may_be_sealed(const Transfer& source) const noexcept;
+    void lose_transfer(const TransferPtr& transfer, Cause cause, const std::string& reason, Time now);
+
+    // session_peer.cpp: what the peer says that isn't one role's, and what is kept of it
+    void on_abort(const Header& header, std::span<const std::byte> body, Time now);
     void on_pool(const Header& header, std::span<const std::byte> body);
+    const PoolTerms& peer_pool(const Terms& terms) const;
+    const PoolTerms* open_pool(const Terms& terms, std::uint64_t total) const;
+    void check_bounds(std::size_t answered_nbytes);
+    void charge_peer(std::size_t nbytes);
+    void keep(UnmatchedWant want, bool answers_offer);
+    void keep(UnmatchedOffer offer);
+    std::optional<UnmatchedWant> take_want(const std::string& key);
+    std::optional<UnmatchedOffer> take_offer(const std::string& key);
+    std::optional<std::string> take_refusal(const std::string& key, Time now);
+    void refuse_want(std::uint64_t want, AbortCode code, const std::string& reason, const Mismatch& mismatch);
+    void refuse_offer(std::uint64_t offer, AbortCode code, const std::string& reason,
+                      const Mismatch& mismatch);
     void on_message(const Header& header, std::span<const std::byte> body);
     void on_message_ack(const Header& header, Time now);
 
     // session_source.cpp
     void on_want(const Header& header, std::span<const std::byte> body, Time now);
-    void match_source(const TransferPtr& transfer, std::uint64_t want, WantBody body, bool pulls, Time now);
+    bool is_of_ended_offer(const Header& want, const std::string& key);
+    void match_source(const TransferPtr& transfer, UnmatchedWant want, Time now);
+    void start_source(const TransferPtr& transfer, const std::vector<Range>& ranges, bool in_order, Time now);
     void release_layers(const TransferPtr& transfer, Time now);
+    bool take_released(Transfer& transfer, std::vector<std::uint32_t>& fresh) const;
     void make_ready(const TransferPtr& transfer);
     void set_gate(const TransferPtr& transfer, bool shut, Time now);
     void on_done(const Header& header, Time now);
+    TransferPtr find_source(const Header& header);
     void on_abort_for_source(const Header& header, const AbortBody& body, Time now);
     void on_aborted_for_source(const Header& header, Time now);
-    void refuse_want(std::uint64_t want, AbortCode code, const std::string& reason, const Mismatch& mismatch);
     std::optional<ChunkJob> cut(std::deque<TransferPtr>& queue, std::uint64_t most, Time now);
 
     // session_destination.cpp
     void on_offer(const Header& header, std::span<const std::byte> body, Time now);
-    void match_destination(const TransferPtr& transfer, std::uint64_t offer, OfferBody body, Time now);
+    TransferPtr partner_of(const std::string& key, std::uint64_t floor) const;
+    void match_destination(const TransferPtr& transfer, UnmatchedOffer offer, Time now);
+    void meet_hint(const TransferPtr& transfer);
+    void meet_memory(const TransferPtr& transfer, bool gated, bool in_order, Time now);
+    void start_copies(const TransferPtr& transfer);
+    void note_offer(Transfer& transfer, std::uint64_t offer) const;
+    void claim_chunk(const TransferPtr& transfer, const Header& header, Range range, Time now);
     void on_abort_for_destination(const Header& header, const AbortBody& body, Time now);
     void on_aborted_for_destination(const Header& header, Time now);
-    void withdraw_offer(std::uint64_t offer, const AbortBody& body, Time now);
+    void on_withdrawn(std::uint64_t offer, const AbortBody& body, Time now);
+    void end_by_peer(const TransferPtr& transfer, const AbortBody& body, Time now);
     void on_gated(const Header& header, Time now);
     void on_released(const Header& header, std::span<const std::byte> body, Time now);
     void seal_if_whole(const TransferPtr& transfer, Time now);
@@ -209,35 +279,46 @@ class Session {
     SessionConfig config_;
     bool opened_ = false;
     bool lost_ = false;
+    Cause lost_cause_ = Cause::peer_lost;
+    std::string lost_reason_;
+    std::string lie_;  // a DONE that turned out untrue: the next call that may throws it
     Time heard_at_, spoke_at_, next_deadline_ = kNever;
     std::optional<CloseCode> peer_closed_;
     Counters counters_;
 
     std::uint64_t next_offer_ = 1, next_want_ = 1, next_message_ = 1;
-    std::unordered_map<std::string, TransferPtr> source_keys_, destination_keys_;    // unfinished, by key
-    std::unordered_map<std::uint64_t, TransferPtr> offers_;        // sources by our id
-    std::unordered_map<std::uint64_t, TransferPtr> matched_;       // sources by the peer's want id
-    std::unordered_map<std::uint64_t, TransferPtr> wants_;         // destinations and their tombstones by our id
+    std::unordered_map<std::string, TransferPtr> source_keys_, destination_keys_;  // unfinished, by key
+    std::unordered_map<std::uint64_t, TransferPtr> offers_;   // sources by our id, once told
+    std::unordered_map<std::uint64_t, TransferPtr> matched_;  // sources by the peer's want id
+    std::unordered_map<std::uint64_t, TransferPtr>
+        wants_;  // destinations and their tombstones by our id, once told
+    std::unordered_multimap<std::string, TransferPtr> tombstones_;  // of wants_, by key
+    std::unordered_map<std::uint64_t, TransferPtr> partners_;       // of wants_, by the peer's offer
     std::unordered_map<std::string, UnmatchedWant> unmatched_wants_;
     std::unordered_map<std::uint64_t, std::string> unmatched_want_keys_;
     std::unordered_map<std::string, UnmatchedOffer> unmatched_offers_;
     std::unordered_map<std::uint64_t, std::string> unmatched_offer_keys_;
     std::unordered_map<std::string, Refusal> refusals_;
-    std::unordered_set<std::uint64_t> late_;                       // the peer's wants that we left without a verdict
+    std::unordered_set<std::uint64_t> late_;  // the peer's wants that we left; a word on each is to come
+    std::set<std::pair<std::string, std::uint64_t>>
+        late_offers_;  // our offers (of memory) left without a verdict, by key
     std::uint64_t last_want_seen_ = 0, last_offer_seen_ = 0;
-    std::uint32_t outstanding_ = 0;                                // told, without a partner
-    std::deque<TransferPtr> untold_;                               // wait for room to be told
+    std::size_t peer_charge_ = 0, answered_nbytes_ = 0;
+    std::uint32_t outstanding_ = 0;   // told, and maybe unmatched at the peer
+    std::deque<TransferPtr> untold_;  // wait for room to be told
     std::deque<TransferPtr> short_, long_, inline_, copies_;
-    std::set<TransferPtr> gated_;                                  // sources whose gate may hold something back
+    std::set<TransferPtr> gated_;  // sources whose gate may hold something back
     unsigned short_in_a_row_ = 0;
-    std::unordered_map<std::uint64_t, PoolTerms> peer_pools_;
+    std::unordered_map<std::uint64_t, PeerPool> peer_pools_;
     std::size_t peer_regions_ = 0;
     std::unordered_set<std::uint64_t> announced_;
-    std::unordered_map<std::uint64_t, const PoolTerms*> pools_used_;
 
     std::deque<MessagePtr> messages_, unacknowledged_;
-    std::uint64_t message_bytes_sent_ = 0, message_bytes_taken_ = 0;    // ours: sent, and taken by the peer's user
-    std::uint64_t inbox_bytes_ = 0, taken_bytes_ = 0, received_messages_ = 0;
+    std::uint64_t message_bytes_sent_ = 0,
+                  message_bytes_taken_ = 0;  // charges of ours: sent, and taken by the peer's user
+    std::uint64_t inbox_bytes_ = 0, taken_bytes_ = 0, received_messages_ = 0;  // charges of the peer's
+    std::deque<std::uint64_t> untaken_;                                        // their sizes, in order
+    std::uint64_t taken_ahead_ = 0;  // bytes of the first of them that are taken
     std::vector<Bytes> inbox_;
 
     Bytes outbox_;

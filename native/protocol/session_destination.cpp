@@ -5,9 +5,44 @@
 
 namespace kvt::protocol {
 
+namespace {
+
+// Chunks come nearly in order over a few lanes, gated layers in any order: more pieces of a stream than this
+// are a peer's attempt to make us keep and search them.
+constexpr std::size_t kMaxFragments = 8192;
+
+}  // namespace
+
 TransferPtr Session::destination(std::uint64_t want) const {
+    if (want >= next_want_) {
+        throw Violation("a frame names a WANT that wasn't sent");
+    }
     const auto known = wants_.find(want);
     return known == wants_.end() ? nullptr : known->second;
+}
+
+// ---- matching
+
+// The WANT that the source reads first after an OFFER with this floor: that one is the OFFER's, also when it
+// has ended here.
+TransferPtr Session::partner_of(const std::string& key, std::uint64_t floor) const {
+    TransferPtr first;
+    const auto consider = [&](const TransferPtr& transfer) {
+        if (transfer->told && transfer->id > floor && transfer->partner == 0 &&
+            (first == nullptr || transfer->id < first->id)) {
+            first = transfer;
+        }
+    };
+    const auto [begin, end] = tombstones_.equal_range(key);
+    std::for_each(begin, end, [&](const auto& item) { consider(item.second); });
+    const auto live = destination_keys_.find(key);
+    if (live != destination_keys_.end()) {
+        consider(live->second);
+        if (first == nullptr && !live->second->told && live->second->state == State::posted) {
+            return live->second;
+        }
+    }
+    return first;
 }
 
 void Session::on_offer(const Header& header, std::span<const std::byte> raw, Time now) {
@@ -20,111 +55,143 @@ void Session::on_offer(const Header& header, std::span<const std::byte> raw, Tim
     if (stream_nbytes(theirs, body.terms) != header.total) {
         throw Violation("an OFFER's bytes aren't those of its terms");
     }
-    if (const auto refused = refusals_.find(body.key); refused != refusals_.end() && refused->second.until > now) {
-        Header answer;
-        answer.type = FrameType::abort;
-        answer.flags = kOfferId;
-        answer.transfer = header.transfer;
-        send(answer, encode_abort({AbortCode::refused, refused->second.reason, {}}));
-        refusals_.erase(refused);
-        return;
+    if (const TransferPtr mine = partner_of(body.key, header.arg)) {
+        match_destination(mine, {header.transfer, header.total, 0, std::move(body)}, now);
+    } else if (const auto reason = take_refusal(body.key, now)) {
+        refuse_offer(header.transfer, AbortCode::refused, *reason, {});
+    } else {
+        keep({header.transfer, header.total, 0, std::move(body)});
     }
-    const auto mine = destination_keys_.find(body.key);
-    if (mine != destination_keys_.end() && !mine->second->offer_seen && mine->second->state != State::stopping &&
-        mine->second->state != State::ending && mine->second->state != State::draining) {
-        const TransferPtr transfer = mine->second;
-        match_destination(transfer, header.transfer, std::move(body), now);
-        return;
-    }
-    if (unmatched_offers_.size() >= config_.unmatched) {
-        throw Excess("the peer has more than " + std::to_string(config_.unmatched) + " unmatched OFFERs");
-    }
-    std::string key = body.key;
-    if (!unmatched_offers_.emplace(key, UnmatchedOffer{header.transfer, std::move(body)}).second) {
-        throw Violation("two OFFERs wait under one key");
-    }
-    unmatched_offer_keys_.emplace(header.transfer, std::move(key));
 }
 
-void Session::match_destination(const TransferPtr& transfer, std::uint64_t offer, OfferBody body, Time now) {
-    const auto pool = peer_pools_.find(body.terms.pool);
+void Session::match_destination(const TransferPtr& transfer, UnmatchedOffer offer, Time now) {
+    transfer->offer_seen = true;
+    transfer->partner = offer.id;
+    if (transfer->told) {
+        partners_.emplace(offer.id, transfer);
+    }
+    if (!transfer->undecided()) {
+        return;  // the source learns of the end by what is said of the WANT
+    }
+    const PoolTerms* theirs = open_pool(offer.body.terms, offer.total);
     Fit result;
-    if (pool == peer_pools_.end()) {
+    if (theirs == nullptr) {
         result.mismatch = Mismatch{"pool", transfer->pool->name, "closed"};
     } else {
-        result = fit({&pool->second, &body.terms}, {transfer->pool, &transfer->terms}, false);
+        result = fit({theirs, &offer.body.terms}, {transfer->pool, &transfer->terms}, false);
     }
     if (result.mismatch) {
         if (!transfer->told) {
-            Header header;
-            header.type = FrameType::abort;
-            header.flags = kOfferId;
-            header.transfer = offer;
-            send(header, encode_abort({AbortCode::layout_mismatch, {}, *result.mismatch}));
+            refuse_offer(offer.id, AbortCode::layout_mismatch, {}, *result.mismatch);
         }
-        stop(transfer, {Cause::layout_mismatch, Delivered::no, {}, *result.mismatch}, now);
+        end(transfer, {Cause::layout_mismatch, Delivered::no, {}, *result.mismatch}, now);
         return;
     }
-    transfer->offer_seen = true;
-    transfer->partner = offer;
-    transfer->peer_meta = std::move(body.meta);
-    transfer->peer_location = std::move(body.location);
-    if (!transfer->told) {
-        tell(transfer);
-    }
-    if (transfer->outstanding) {
-        transfer->outstanding = false;
-        --outstanding_;
-    }
+    partners_.emplace(offer.id, transfer);
+    transfer->peer_meta = std::move(offer.body.meta);
+    transfer->peer_location = std::move(offer.body.location);
     if (config_.memory_backend) {
-        apply(transfer, Event::match, now);
-        Cause cause{};
-        watch(deadline_of(*transfer, cause));
-        if (!body.gated && !transfer->moves_nothing()) {    // else RELEASED names the layers
-            transfer->pending.add({0, transfer->nbytes});
-            copies_.push_back(transfer);
-        }
+        meet_memory(transfer, offer.body.gated, result.in_order, now);
+    } else {
+        meet_hint(transfer);
     }
-    // Over a stream the offer is a hint that may be withdrawn: only GATED or a chunk is a match.
     seal_if_whole(transfer, now);
 }
 
+// An offer over a stream may be withdrawn: then the WANT waits at the source like any other, and counts.
+void Session::meet_hint(const TransferPtr& transfer) {
+    if (transfer->told) {
+        return;
+    }
+    if (outstanding_ < 2 * config_.unmatched) {
+        count_outstanding(*transfer, true);
+        tell(transfer);
+    } else {
+        untold_.push_back(transfer);
+    }
+}
+
+void Session::meet_memory(const TransferPtr& transfer, bool gated, bool in_order, Time now) {
+    if (!transfer->told) {
+        tell(transfer);
+    }
+    transfer->held = !in_order && !gated && !transfer->moves_nothing();
+    apply(transfer, Event::match, now);
+    watch(*transfer);
+    if (!gated && !transfer->held) {  // else RELEASED names the layers, or GATED says that they are in order
+        start_copies(transfer);
+    }
+}
+
+void Session::start_copies(const TransferPtr& transfer) {
+    if (transfer->moves_nothing()) {
+        return;
+    }
+    if (!transfer->pending.empty() || !transfer->claimed.empty()) {
+        throw Violation("layers are released twice");
+    }
+    transfer->pending.add({0, transfer->nbytes});
+    copies_.push_back(transfer);
+}
+
+// The source's word on which OFFER of it this transfer is; what another one had said is void.
+void Session::note_offer(Transfer& transfer, std::uint64_t offer) const {
+    if (transfer.offer_known) {
+        if (transfer.offer_due != offer) {
+            throw Violation("a transfer's frames name different OFFERs");
+        }
+        return;
+    }
+    if (offer != 0 && offer != transfer.partner && offer <= last_offer_seen_) {
+        throw Violation("a transfer's frame names another's OFFER");
+    }
+    transfer.offer_known = true;
+    transfer.offer_due = offer;
+}
+
+// ---- chunks
+
 ChunkTarget Session::chunk_begin(const Header& header, Time now) {
     heard_at_ = now;
+    if (!lie_.empty()) {
+        throw Violation(lie_);
+    }
     const TransferPtr transfer = destination(header.transfer);
     if (transfer == nullptr || config_.memory_backend) {
         throw Violation("a CHUNK for a transfer that isn't there");
     }
-    const Range range{header.offset, header.offset + header.body_nbytes};
-    if (header.total != transfer->nbytes || header.offset > transfer->nbytes || header.body_nbytes > transfer->nbytes - header.offset) {
+    if (header.total != transfer->nbytes || header.offset > transfer->nbytes ||
+        header.body_nbytes > transfer->nbytes - header.offset) {
         throw Violation("a CHUNK reaches beyond its transfer");
     }
-    if (!transfer->told) {
-        throw Violation("a CHUNK before its WANT");
+    const Range range{header.offset, header.offset + header.body_nbytes};
+    const bool store = transfer->undecided();
+    if (store) {
+        claim_chunk(transfer, header, range, now);
+    } else {
+        ++counters_.drained_chunks;
+        counters_.drained_bytes += header.body_nbytes;
+        if (transfer->peer_count_known && transfer->chunks >= transfer->peer_chunks) {
+            throw Violation("more chunks than the source said it had begun");
+        }
     }
     ++transfer->chunks;
     ++transfer->active;
-    const State state = transfer->state;
-    if (state != State::posted && state != State::matched && state != State::moving) {
-        ++counters_.drained_chunks;
-        counters_.drained_bytes += header.body_nbytes;
-        if (transfer->peer_count_known && transfer->chunks > transfer->peer_chunks) {
-            throw Violation("more chunks than the source said it had begun");
-        }
-        return {transfer, range, false};
-    }
+    return {transfer, range, store};
+}
+
+void Session::claim_chunk(const TransferPtr& transfer, const Header& header, Range range, Time now) {
     if (header.attempt != transfer->attempt || transfer->claimed.overlaps(range)) {
         throw Violation("a CHUNK's bytes have come before");
     }
-    transfer->claimed.add(range);
-    transfer->offer_due = transfer->offer_due || (header.flags & kChunkOfferDue) != 0;
-    if (transfer->gate_shut) {
-        transfer->gate_shut = false;    // the bytes overtook GATED(open)
+    if (transfer->claimed.ranges().size() >= kMaxFragments ||
+        transfer->verified.ranges().size() >= kMaxFragments) {
+        throw Excess("a transfer's chunks come in too many pieces");
     }
+    note_offer(*transfer, header.arg);
+    transfer->claimed.add(range);
     apply(transfer, Event::first_bytes, now);
-    Cause cause{};
-    watch(deadline_of(*transfer, cause));
-    return {transfer, range, true};
+    watch(*transfer);
 }
 
 void Session::chunk_end(const ChunkTarget& target, const Trailer& trailer, bool verified, Time now) {
@@ -132,17 +199,16 @@ void Session::chunk_end(const ChunkTarget& target, const Trailer& trailer, bool 
     --transfer->active;
     ++counters_.chunks_in;
     heard_at_ = now;
-    const State state = transfer->state;
-    if (state == State::draining) {
+    if (transfer->state == State::draining) {
         check_drained(transfer, now);
         return;
     }
-    if (!target.store || (state != State::moving && state != State::matched)) {
+    if (!target.store || transfer->state != State::moving) {
         return;
     }
     transfer->moved_at = now;
     if (trailer.status == ChunkStatus::aborted) {
-        return;    // never sealed: the source's ABORT follows on control
+        return;  // never sealed: the source's ABORT follows on control
     }
     if (!config_.memory_backend && trailer.kind != config_.digest) {
         throw Violation("a chunk's digest isn't of the kind agreed");
@@ -158,20 +224,25 @@ void Session::chunk_end(const ChunkTarget& target, const Trailer& trailer, bool 
 }
 
 void Session::seal_if_whole(const TransferPtr& transfer, Time now) {
-    if (transfer->active != 0 || (transfer->offer_due && !transfer->offer_seen)) {
+    const bool started = transfer->state == State::matched || transfer->state == State::moving;
+    if (!started || transfer->active != 0) {
         return;
     }
-    if (transfer->moves_nothing()) {
-        if (transfer->offer_seen && !transfer->finished) {
-            apply(transfer, Event::sealed, now);
-        }
-        return;
+    if (!config_.memory_backend &&
+        (!transfer->offer_known || (transfer->offer_due != 0 && transfer->offer_due != transfer->partner))) {
+        return;  // its OFFER, with the meta, is still under way
     }
     if (transfer->verified.nbytes() == transfer->nbytes) {
+        if (!config_.memory_backend && transfer->offer_due == 0) {
+            transfer->peer_meta.clear();  // of an OFFER that was withdrawn
+        }
         apply(transfer, Event::sealed, now);
-    } else if (!transfer->corrupt.empty() && transfer->verified.nbytes() + transfer->corrupt.nbytes() == transfer->nbytes) {
+        return;
+    }
+    const bool whole = transfer->verified.nbytes() + transfer->corrupt.nbytes() == transfer->nbytes;
+    if (!transfer->corrupt.empty() && (whole || transfer->corrupt.ranges().size() >= kMaxFragments / 2)) {
         // Everything else was let through, so that the caller needs to ask only for the blocks that are bad.
-        stop(transfer, {Cause::integrity, Delivered::no, "the digest of landed bytes doesn't agree", {}}, now);
+        end(transfer, {Cause::integrity, Delivered::no, "the digest of landed bytes doesn't agree", {}}, now);
     }
 }
 
@@ -179,7 +250,8 @@ std::optional<ChunkTarget> Session::next_copy(Time now) {
     while (!copies_.empty()) {
         const TransferPtr transfer = copies_.front();
         copies_.pop_front();
-        if (transfer->pending.empty() || (transfer->state != State::matched && transfer->state != State::moving)) {
+        if (transfer->pending.empty() ||
+            (transfer->state != State::matched && transfer->state != State::moving)) {
             continue;
         }
         const Range range = transfer->pending.take_front(kMaxChunkNbytes);
@@ -195,82 +267,79 @@ std::optional<ChunkTarget> Session::next_copy(Time now) {
     return std::nullopt;
 }
 
+// ---- the end
+
 void Session::check_drained(const TransferPtr& transfer, Time now) {
-    if (transfer->state != State::draining || transfer->active != 0) {
+    if (transfer->state != State::draining || transfer->active != 0 || !transfer->peer_count_known) {
         return;
     }
-    if (config_.memory_backend || (transfer->peer_count_known && transfer->chunks >= transfer->peer_chunks)) {
+    if (config_.memory_backend || transfer->chunks >= transfer->peer_chunks) {
         apply(transfer, Event::drained, now);
         forget(transfer);
     }
 }
 
-void Session::on_abort_for_destination(const Header& header, const AbortBody& body, Time now) {
-    if ((header.flags & kOfferId) != 0) {
-        if (const auto waiting = unmatched_offer_keys_.find(header.transfer); waiting != unmatched_offer_keys_.end()) {
-            unmatched_offers_.erase(waiting->second);
-            unmatched_offer_keys_.erase(waiting);
-            if (config_.memory_backend) {
-                send(FrameType::aborted, kOfferId, header.transfer, 0, 0);
-            }
-            return;
-        }
-        if (header.transfer > last_offer_seen_) {
-            throw Violation("an ABORT for an offer that isn't there");
-        }
-        withdraw_offer(header.transfer, body, now);
-        return;
-    }
-    const TransferPtr transfer = destination(header.transfer);
-    if (transfer == nullptr) {
-        if (header.transfer >= next_want_) {
-            throw Violation("an ABORT for a WANT that wasn't sent");
-        }
-        return;    // over here, and DONE is on its way
-    }
-    if (header.arg < transfer->chunks) {
-        throw Violation("an ABORT counts fewer chunks than have come");
-    }
-    transfer->peer_count_known = true;
-    transfer->peer_chunks = header.arg;
-    const State state = transfer->state;
-    if (state == State::posted || state == State::matched || state == State::moving) {
+void Session::end_by_peer(const TransferPtr& transfer, const AbortBody& body, Time now) {
+    if (transfer->undecided()) {
         transfer->peer_ended = true;
         const bool mismatch = body.code == AbortCode::layout_mismatch;
         const Mismatch ours{body.mismatch.path, body.mismatch.theirs, body.mismatch.ours};
-        transfer->outcome = {mismatch ? Cause::layout_mismatch : Cause::peer_aborted, Delivered::no, body.reason, ours};
+        transfer->outcome = {mismatch ? Cause::layout_mismatch : Cause::peer_aborted, Delivered::no,
+                             body.reason, ours};
     }
     apply(transfer, Event::peer_ended, now);
     check_drained(transfer, now);
 }
 
-// The offer had met its partner here. Over a stream that one waits on as if the offer had never come; a destination that
-// copies is told that there is nothing to copy any more.
-void Session::withdraw_offer(std::uint64_t offer, const AbortBody& body, Time now) {
-    for (const auto& [key, transfer] : destination_keys_) {
-        if (transfer->partner != offer) {
-            continue;
-        }
-        const TransferPtr found = transfer;
-        if (!config_.memory_backend) {
-            found->offer_seen = false;
-            found->partner = 0;
-            return;
-        }
-        if (!found->finished) {
-            found->outcome = {Cause::peer_aborted, Delivered::no, body.reason, {}};
-            apply(found, Event::peer_ended, now);
+void Session::on_abort_for_destination(const Header& header, const AbortBody& body, Time now) {
+    if ((header.flags & kOfferId) != 0) {
+        on_withdrawn(header.transfer, body, now);
+        return;
+    }
+    const TransferPtr transfer = destination(header.transfer);
+    if (transfer == nullptr) {
+        return;  // over here, and DONE is on its way
+    }
+    if (!config_.memory_backend && header.arg < transfer->chunks) {
+        throw Violation("an ABORT counts fewer chunks than have come");
+    }
+    transfer->peer_count_known = true;
+    transfer->peer_chunks = header.arg;
+    end_by_peer(transfer, body, now);
+}
+
+// An offer is taken back. Over a stream, a destination that it had met waits on as if it had never come; one
+// that copies is told that there is nothing to copy any more, and answers for its WANT.
+void Session::on_withdrawn(std::uint64_t offer, const AbortBody& body, Time now) {
+    if (offer > last_offer_seen_) {
+        throw Violation("an ABORT for an offer that wasn't made");
+    }
+    if (const auto waiting = unmatched_offer_keys_.find(offer); waiting != unmatched_offer_keys_.end()) {
+        take_offer(std::string(waiting->second));
+        if (config_.memory_backend) {
+            send(FrameType::aborted, kOfferId, offer, 0, 0);
         }
         return;
     }
+    const auto met = partners_.find(offer);
+    if (met == partners_.end()) {
+        return;  // refused, or over: the word on that is on its way
+    }
+    const TransferPtr transfer = met->second;
+    if (!config_.memory_backend) {
+        partners_.erase(met);
+        transfer->partner = 0;
+        transfer->offer_seen = false;
+        transfer->peer_meta.clear();
+        return;
+    }
+    transfer->peer_count_known = true;
+    end_by_peer(transfer, body, now);
 }
 
 void Session::on_aborted_for_destination(const Header& header, Time now) {
     const TransferPtr transfer = destination(header.transfer);
     if (transfer == nullptr) {
-        if (header.transfer >= next_want_) {
-            throw Violation("an ABORTED for a WANT that wasn't sent");
-        }
         return;
     }
     if (transfer->state != State::draining) {
@@ -284,18 +353,14 @@ void Session::on_aborted_for_destination(const Header& header, Time now) {
     check_drained(transfer, now);
 }
 
+// ---- gates
+
 void Session::on_gated(const Header& header, Time now) {
     const TransferPtr transfer = destination(header.transfer);
-    if (transfer == nullptr) {
-        if (header.transfer >= next_want_) {
-            throw Violation("a GATED for a WANT that wasn't sent");
-        }
+    if (transfer == nullptr || transfer->state == State::sent || !transfer->undecided()) {
         return;
     }
-    const State state = transfer->state;
-    if (state != State::posted && state != State::matched && state != State::moving) {
-        return;
-    }
+    note_offer(*transfer, header.arg);
     transfer->gate_shut = (header.flags & kGateShut) != 0;
     if (transfer->gate_shut) {
         transfer->waits_since = now;
@@ -303,8 +368,12 @@ void Session::on_gated(const Header& header, Time now) {
         transfer->moved_at = now;
     }
     apply(transfer, Event::match, now);
-    Cause cause{};
-    watch(deadline_of(*transfer, cause));
+    watch(*transfer);
+    if (transfer->held && !transfer->gate_shut) {
+        transfer->held = false;
+        start_copies(transfer);
+    }
+    seal_if_whole(transfer, now);
 }
 
 void Session::on_released(const Header& header, std::span<const std::byte> body, Time now) {
@@ -313,8 +382,11 @@ void Session::on_released(const Header& header, std::span<const std::byte> body,
         throw Violation("a RELEASED on a stream backend");
     }
     const TransferPtr transfer = destination(header.transfer);
-    if (transfer == nullptr || (transfer->state != State::posted && transfer->state != State::matched && transfer->state != State::moving)) {
+    if (transfer == nullptr || !transfer->undecided()) {
         return;
+    }
+    if (!transfer->offer_seen || transfer->held) {
+        throw Violation("a RELEASED for what wasn't offered behind a gate");
     }
     for (const std::uint32_t i : layers) {
         if (i >= transfer->spans.size()) {
@@ -330,9 +402,7 @@ void Session::on_released(const Header& header, std::span<const std::byte> body,
         transfer->pending.add(span);
     }
     transfer->moved_at = now;
-    if (transfer->offer_seen) {
-        copies_.push_back(transfer);
-    }
+    copies_.push_back(transfer);
 }
 
 }  // namespace kvt::protocol

@@ -1,4 +1,6 @@
-// Messages: small payloads in order on the control stream, acknowledged when the peer's endpoint has queued them.
+// Messages: small payloads in order on the control stream, acknowledged when the peer's endpoint has queued
+// them. What was sent and not yet taken by the peer's user is bounded by a window of charges, so that many
+// empty messages cost as well.
 #include <algorithm>
 
 #include "protocol/session.hpp"
@@ -9,7 +11,7 @@ void Session::post_message(MessagePtr message, Time now) {
     message->posted_at = now;
     message->number = next_message_++;
     if (lost_) {
-        message->outcome = {Cause::peer_lost, Delivered::no, "the connection is lost", {}};
+        message->outcome = {lost_cause_, Delivered::no, lost_reason_, {}};
         message->finished = true;
         message->over_at = now;
         finished_messages_.push_back(std::move(message));
@@ -22,19 +24,29 @@ void Session::on_message(const Header& header, std::span<const std::byte> body) 
     if (header.transfer != received_messages_ + 1) {
         throw Violation("a MESSAGE is out of order");
     }
-    if (body.size() > config_.message_queue_nbytes - std::min(inbox_bytes_, config_.message_queue_nbytes)) {
+    const std::uint64_t charge = message_charge(body.size());
+    if (charge > config_.message_queue_nbytes - std::min(inbox_bytes_, config_.message_queue_nbytes)) {
         throw Excess("the peer sends messages beyond its window");
     }
     ++received_messages_;
     ++counters_.messages_in;
-    inbox_bytes_ += body.size();
+    inbox_bytes_ += charge;
+    untaken_.push_back(body.size());
     inbox_.emplace_back(body.begin(), body.end());
     send(FrameType::message_ack, 0, received_messages_, taken_bytes_, 0);
 }
 
+// The user takes messages whole and in order; an empty one goes with what was taken before it.
 void Session::messages_taken(std::uint64_t nbytes) {
-    inbox_bytes_ -= std::min(nbytes, inbox_bytes_);
-    taken_bytes_ += nbytes;
+    taken_ahead_ += nbytes;
+    std::uint64_t charges = 0;
+    while (!untaken_.empty() && untaken_.front() <= taken_ahead_) {
+        taken_ahead_ -= untaken_.front();
+        charges += message_charge(untaken_.front());
+        untaken_.pop_front();
+    }
+    inbox_bytes_ -= charges;
+    taken_bytes_ += charges;
     send(FrameType::message_ack, 0, received_messages_, taken_bytes_, 0);
 }
 

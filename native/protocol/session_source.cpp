@@ -6,15 +6,6 @@
 
 namespace kvt::protocol {
 
-void Session::refuse_want(std::uint64_t want, AbortCode code, const std::string& reason, const Mismatch& mismatch) {
-    Header header;
-    header.type = FrameType::abort;
-    header.flags = kFromSource;
-    header.transfer = want;
-    late_.insert(want);    // the destination's own ABORT may cross this one
-    send(header, encode_abort({code, reason, mismatch}));
-}
-
 void Session::on_want(const Header& header, std::span<const std::byte> raw, Time now) {
     if (header.transfer <= last_want_seen_) {
         throw Violation("a WANT's id isn't new");
@@ -22,56 +13,70 @@ void Session::on_want(const Header& header, std::span<const std::byte> raw, Time
     last_want_seen_ = header.transfer;
     WantBody body = decode_want(raw);
     const PoolTerms& theirs = peer_pool(body.terms);
-    const bool pulls = (header.flags & kWantPulls) != 0;
-    if (pulls != config_.memory_backend) {
+    if (((header.flags & kWantPulls) != 0) != config_.memory_backend) {
         throw Violation("a WANT pulls where the backend doesn't, or the reverse");
     }
-    if (stream_nbytes(theirs, body.terms) != header.total || (!body.ranges.empty() && body.ranges.back().end > header.total)) {
+    const std::uint64_t last = body.ranges.empty() ? 0 : body.ranges.back().end;
+    if (stream_nbytes(theirs, body.terms) != header.total || last > header.total ||
+        (last == 0) != (header.total == 0)) {
         throw Violation("a WANT's bytes aren't those of its terms");
     }
-    if (const auto refused = refusals_.find(body.key); refused != refusals_.end() && refused->second.until > now) {
-        refuse_want(header.transfer, AbortCode::refused, refused->second.reason, {});
-        refusals_.erase(refused);
+    if (header.arg >= next_offer_) {
+        throw Violation("a WANT answers an OFFER that wasn't made");
+    }
+    if (config_.memory_backend && is_of_ended_offer(header, body.key)) {
+        late_.insert(header.transfer);
         return;
     }
-    const auto mine = source_keys_.find(body.key);
-    if (mine != source_keys_.end() && mine->second->state == State::posted) {
-        const TransferPtr transfer = mine->second;
-        match_source(transfer, header.transfer, std::move(body), pulls, now);
-        return;
+    const auto known = source_keys_.find(body.key);
+    const TransferPtr mine = known == source_keys_.end() ? nullptr : known->second;
+    if (mine != nullptr && mine->state == State::posted) {
+        match_source(mine, {header.transfer, header.total, 0, std::move(body)}, now);
+    } else if (mine != nullptr && config_.memory_backend && mine->told && mine->want == 0 &&
+               (mine->state == State::stopping || mine->state == State::verdict)) {
+        mine->want = header.transfer;  // its end is being told: the verdict comes under this id
+        mine->asked_nbytes = header.total;
+        mine->all_released = mine->gate == nullptr || mine->moves_nothing();
+        matched_.emplace(header.transfer, mine);
+    } else if (const auto reason = take_refusal(body.key, now)) {
+        refuse_want(header.transfer, AbortCode::refused, *reason, {});
+    } else {
+        keep({header.transfer, header.total, 0, std::move(body)}, header.arg != 0);
     }
-    if (mine != source_keys_.end() && config_.memory_backend && mine->second->want == 0) {
-        mine->second->want = header.transfer;    // its end is being told: the verdict comes under this id
-        matched_.emplace(header.transfer, mine->second);
-        return;
-    }
-    if (unmatched_wants_.size() >= config_.unmatched) {
-        throw Excess("the peer has more than " + std::to_string(config_.unmatched) + " unmatched WANTs");
-    }
-    std::string key = body.key;
-    if (!unmatched_wants_.emplace(key, UnmatchedWant{header.transfer, std::move(body)}).second) {
-        throw Violation("two WANTs wait under one key");
-    }
-    unmatched_want_keys_.emplace(header.transfer, std::move(key));
 }
 
-void Session::match_source(const TransferPtr& transfer, std::uint64_t want, WantBody body, bool pulls, Time now) {
-    const auto pool = peer_pools_.find(body.terms.pool);
-    const Side source{transfer->pool, &transfer->terms};
+// Memory backends: whether the WANT met an OFFER that we left without a verdict; the word on it is still to
+// come.
+bool Session::is_of_ended_offer(const Header& want, const std::string& key) {
+    if (want.arg != 0) {
+        late_offers_.erase({key, want.arg});
+        return !offers_.contains(want.arg);
+    }
+    const auto first = late_offers_.lower_bound({key, 0});
+    if (first == late_offers_.end() || first->first != key) {
+        return false;
+    }
+    late_offers_.erase(first);
+    return true;
+}
+
+void Session::match_source(const TransferPtr& transfer, UnmatchedWant want, Time now) {
+    const PoolTerms* theirs = open_pool(want.body.terms, want.total);
     Fit result;
-    if (pool == peer_pools_.end()) {
+    if (theirs == nullptr) {
         result.mismatch = Mismatch{"pool", transfer->pool->name, "closed"};
     } else {
-        result = fit(source, {&pool->second, &body.terms}, true);
+        result = fit({transfer->pool, &transfer->terms}, {theirs, &want.body.terms}, true);
     }
     if (result.mismatch) {
-        refuse_want(want, AbortCode::layout_mismatch, {}, *result.mismatch);
-        stop(transfer, {Cause::layout_mismatch, Delivered::no, {}, *result.mismatch}, now);
+        // The destination compares alike, so that no verdict is needed.
+        refuse_want(want.id, AbortCode::layout_mismatch, {}, *result.mismatch);
+        end(transfer, {Cause::layout_mismatch, Delivered::no, {}, *result.mismatch}, now);
         return;
     }
-    transfer->want = want;
-    transfer->peer_meta = std::move(body.meta);
-    matched_.emplace(want, transfer);
+    transfer->want = want.id;
+    transfer->peer_meta = std::move(want.body.meta);
+    matched_.emplace(want.id, transfer);
     if (!result.in_order) {
         std::vector<LayerSpan> spans;
         std::uint64_t at = 0;
@@ -85,24 +90,33 @@ void Session::match_source(const TransferPtr& transfer, std::uint64_t want, Want
         transfer->reorder(result.order);
     }
     apply(transfer, Event::match, now);
-    Cause cause{};
-    watch(deadline_of(*transfer, cause));
-    if (!transfer->told && (!transfer->meta.empty() || transfer->moves_nothing() || config_.memory_backend)) {
+    watch(*transfer);
+    start_source(transfer, want.body.ranges, result.in_order, now);
+}
+
+void Session::start_source(const TransferPtr& transfer, const std::vector<Range>& ranges, bool in_order,
+                           Time now) {
+    if (!transfer->told && (!transfer->meta.empty() || config_.memory_backend)) {
         tell(transfer);
     }
-    for (const Range& range : body.ranges) {
+    for (const Range& range : ranges) {
         transfer->asked.add(range);
+        transfer->asked_nbytes += range.end - range.begin;
     }
-    if (transfer->moves_nothing()) {
-        apply(transfer, Event::all_bytes, now);
-    } else if (transfer->gate != nullptr) {
+    const bool gated = transfer->gate != nullptr && !transfer->moves_nothing();
+    transfer->all_released = !gated;
+    if (config_.memory_backend ? !gated && !in_order : transfer->moves_nothing()) {
+        // The word of a match that no chunk will show: all is there, and in the destination's order.
+        send(FrameType::gated, 0, transfer->want, 0, transfer->told ? transfer->id : 0);
+    }
+    if (gated) {
         transfer->released.assign(transfer->spans.size(), false);
         gated_.insert(transfer);
         release_layers(transfer, now);
-    } else if (pulls) {
+    } else if (config_.memory_backend || transfer->moves_nothing()) {
         apply(transfer, Event::all_bytes, now);
     } else {
-        transfer->pending = transfer->asked;
+        transfer->pending = std::move(transfer->asked);
         transfer->asked.clear();
         make_ready(transfer);
     }
@@ -122,33 +136,40 @@ void Session::make_ready(const TransferPtr& transfer) {
     }
 }
 
-// Moves what the gate has released from `asked` to `pending` (or tells a destination that copies), and the clocks with it.
-void Session::release_layers(const TransferPtr& transfer, Time now) {
-    if (transfer->gate->failed()) {
-        gated_.erase(transfer);
-        stop(transfer, {Cause::cancelled, Delivered::no, transfer->gate->reason(), {}}, now);
-        return;
-    }
-    std::vector<std::uint32_t> fresh;
+// ---- gates
+
+// Moves what the gate has released from `asked` to `pending` (or names it in `fresh`); true when nothing is
+// held back.
+bool Session::take_released(Transfer& transfer, std::vector<std::uint32_t>& fresh) const {
     bool all = true;
-    for (std::size_t i = 0; i < transfer->spans.size(); ++i) {
-        const Range span = transfer->spans[i].range;
-        if (transfer->released[i] || span.begin == span.end) {
+    for (std::size_t i = 0; i < transfer.spans.size(); ++i) {
+        const Range span = transfer.spans[i].range;
+        if (transfer.released[i] || span.begin == span.end) {
             continue;
         }
-        if (!transfer->gate->released(transfer->spans[i].layer)) {
+        if (!transfer.gate->released(transfer.spans[i].layer)) {
             all = false;
             continue;
         }
-        transfer->released[i] = true;
+        transfer.released[i] = true;
         fresh.push_back(static_cast<std::uint32_t>(i));
-        for (const Range& asked : transfer->asked.ranges()) {
+        for (const Range& asked : transfer.asked.ranges()) {
             const Range both{std::max(asked.begin, span.begin), std::min(asked.end, span.end)};
             if (both.begin < both.end && !config_.memory_backend) {
-                transfer->pending.add(both);
+                transfer.pending.add(both);
             }
         }
     }
+    return all;
+}
+
+void Session::release_layers(const TransferPtr& transfer, Time now) {
+    if (transfer->gate->failed()) {
+        end(transfer, {Cause::cancelled, Delivered::no, transfer->gate->reason(), {}}, now);
+        return;
+    }
+    std::vector<std::uint32_t> fresh;
+    const bool all = take_released(*transfer, fresh);
     if (!fresh.empty() && config_.memory_backend) {
         Header header;
         header.type = FrameType::released;
@@ -158,16 +179,14 @@ void Session::release_layers(const TransferPtr& transfer, Time now) {
     if (all) {
         gated_.erase(transfer);
         transfer->asked.clear();
+        transfer->all_released = true;
     }
-    const bool idle = config_.memory_backend ? fresh.empty() : transfer->pending.empty() && transfer->active == 0;
+    const bool idle = config_.memory_backend ? fresh.empty()
+                                             : transfer->pending.empty() && transfer->active == 0;
     set_gate(transfer, !all && idle, now);
-    if (config_.memory_backend && all) {
+    make_ready(transfer);
+    if (all && (config_.memory_backend || (transfer->pending.empty() && transfer->active == 0))) {
         apply(transfer, Event::all_bytes, now);
-    } else if (!config_.memory_backend) {
-        make_ready(transfer);
-        if (all && transfer->pending.empty() && transfer->active == 0 && transfer->chunks > 0) {
-            apply(transfer, Event::all_bytes, now);
-        }
     }
 }
 
@@ -181,9 +200,8 @@ void Session::set_gate(const TransferPtr& transfer, bool shut, Time now) {
     } else {
         transfer->moved_at = now;
     }
-    send(FrameType::gated, shut ? kGateShut : 0, transfer->want, 0, 0);
-    Cause cause{};
-    watch(deadline_of(*transfer, cause));
+    send(FrameType::gated, shut ? kGateShut : 0, transfer->want, 0, transfer->told ? transfer->id : 0);
+    watch(*transfer);
 }
 
 bool Session::poll_gates(Time now) {
@@ -201,21 +219,24 @@ std::optional<ChunkJob> Session::cut(std::deque<TransferPtr>& queue, std::uint64
         const TransferPtr transfer = std::move(queue.front());
         queue.pop_front();
         transfer->queued = false;
-        if (transfer->pending.empty() || (transfer->state != State::matched && transfer->state != State::moving)) {
+        if (transfer->pending.empty() ||
+            (transfer->state != State::matched && transfer->state != State::moving)) {
             continue;
         }
         const bool digests = config_.digest != DigestKind::none;
-        const std::uint64_t chunk = std::min(most, chunk_nbytes_for(transfer->nbytes, digests, config_.chunk_nbytes));
+        const std::uint64_t chunk = std::min(
+            most, chunk_nbytes_for(transfer->nbytes, digests, config_.chunk_nbytes));
         ChunkJob job{transfer, transfer->pending.take_front(chunk), {}};
         job.header.type = FrameType::chunk;
-        job.header.flags = transfer->meta.empty() ? 0 : kChunkOfferDue;
         job.header.attempt = transfer->attempt;
         job.header.body_nbytes = static_cast<std::uint32_t>(job.range.end - job.range.begin);
         job.header.transfer = transfer->want;
         job.header.offset = job.range.begin;
         job.header.total = transfer->nbytes;
+        job.header.arg = transfer->told ? transfer->id : 0;
         ++transfer->active;
         ++transfer->chunks;
+        transfer->taken_nbytes += job.header.body_nbytes;
         apply(transfer, Event::first_bytes, now);
         make_ready(transfer);
         return job;
@@ -225,7 +246,7 @@ std::optional<ChunkJob> Session::cut(std::deque<TransferPtr>& queue, std::uint64
 
 std::optional<ChunkJob> Session::next_inline(Time now) {
     if (outbox_.size() > config_.outbox_nbytes / 2) {
-        return std::nullopt;    // a control stream that is behind takes no payload
+        return std::nullopt;  // a control stream that is behind takes no payload
     }
     return cut(inline_, kMaxInlineNbytes, now);
 }
@@ -247,39 +268,33 @@ std::optional<ChunkJob> Session::next_chunk(Time now) {
 
 void Session::chunk_left(const ChunkJob& job, bool whole, bool begun, Time now) {
     const TransferPtr& transfer = job.transfer;
+    const std::uint64_t nbytes = job.range.end - job.range.begin;
     --transfer->active;
     if (!begun) {
         --transfer->chunks;
+        transfer->taken_nbytes -= nbytes;
+        return;  // only an ending transfer's chunk is given back
     }
     transfer->moved_at = now;
     ++counters_.chunks_out;
     if (!whole) {
         return;
     }
-    counters_.bytes_out += job.range.end - job.range.begin;
-    transfer->sent_nbytes += job.range.end - job.range.begin;
-    if (transfer->active != 0 || !transfer->pending.empty() || transfer->finished) {
+    counters_.bytes_out += nbytes;
+    transfer->sent_nbytes += nbytes;
+    if (transfer->active != 0 || !transfer->pending.empty() || transfer->state != State::moving) {
         return;
     }
     if (gated_.contains(transfer)) {
-        release_layers(transfer, now);    // nothing to send: the gate may be shut
-        return;
-    }
-    if (transfer->state == State::moving) {
+        release_layers(transfer, now);  // nothing to send: the gate may be shut
+    } else {
         apply(transfer, Event::all_bytes, now);
-        if (transfer->done_early) {
-            apply(transfer, Event::done, now);
-        }
     }
 }
 
 TransferPtr Session::lend(std::uint64_t offer) {
     const auto known = offers_.find(offer);
-    if (lost_ || known == offers_.end()) {
-        return nullptr;
-    }
-    const State state = known->second->state;
-    if (state != State::posted && state != State::matched && state != State::moving && state != State::sent) {
+    if (lost_ || known == offers_.end() || !known->second->undecided()) {
         return nullptr;
     }
     ++known->second->active;
@@ -302,51 +317,67 @@ void Session::on_done(const Header& header, Time now) {
         return;
     }
     const TransferPtr transfer = known->second;
-    if (header.total != transfer->nbytes || (!config_.memory_backend && header.arg != transfer->chunks)) {
+    const bool counts = config_.memory_backend || header.arg == transfer->chunks;
+    if (header.total != transfer->asked_nbytes || !counts) {
         throw Violation("a DONE counts other bytes or chunks than were sent");
     }
-    if ((transfer->state == State::moving || transfer->state == State::stopping) && transfer->active != 0 && transfer->pending.empty() &&
-        !gated_.contains(transfer)) {
-        // The last bytes have left and were verified before the mover could note it: its note comes next.
+    if (config_.memory_backend ? !transfer->all_released : !transfer->all_taken()) {
+        throw Violation("a DONE before all bytes were sent");
+    }
+    if (transfer->state == State::verdict && !config_.memory_backend &&
+        transfer->sent_nbytes != transfer->asked_nbytes) {
+        throw Violation("a DONE for bytes that were never sent");
+    }
+    if (transfer->state == State::moving) {
+        // The last bytes have left and were verified before the mover could note it. Its note is awaited by
+        // quiescing.
         transfer->done_early = true;
-        if (transfer->state == State::stopping) {
-            apply(transfer, Event::done, now);
-        }
-        return;
+        transfer->outcome = {Cause::ok, Delivered::yes, {}, {}};
     }
     apply(transfer, Event::done, now);
 }
 
-void Session::on_abort_for_source(const Header& header, const AbortBody& body, Time now) {
-    TransferPtr transfer;
+// The source that a destination's ABORT is about. Null when it ended here meanwhile, with what is owed for
+// that said.
+TransferPtr Session::find_source(const Header& header) {
     if ((header.flags & kOfferId) != 0) {
-        const auto known = offers_.find(header.transfer);
-        if (known == offers_.end()) {
-            if (header.transfer >= next_offer_) {
-                throw Violation("an ABORT for an offer that isn't there");
-            }
-            return;    // it ended here meanwhile
+        if (header.transfer >= next_offer_) {
+            throw Violation("an ABORT for an offer that wasn't made");
         }
-        transfer = known->second;
-    } else if (const auto known = matched_.find(header.transfer); known != matched_.end()) {
-        transfer = known->second;
-    } else if (const auto waiting = unmatched_want_keys_.find(header.transfer); waiting != unmatched_want_keys_.end()) {
-        unmatched_wants_.erase(waiting->second);
-        unmatched_want_keys_.erase(waiting);
-        send(FrameType::aborted, kFromSource, header.transfer, 0, 0);
-        return;
-    } else if (late_.erase(header.transfer) != 0) {
-        send(FrameType::aborted, kFromSource, header.transfer, 0, 0);
-        return;
-    } else {
+        const auto known = offers_.find(header.transfer);
+        if (known != offers_.end()) {
+            return known->second;
+        }
+        std::erase_if(late_offers_, [&](const auto& item) { return item.second == header.transfer; });
+        return nullptr;
+    }
+    if (const auto known = matched_.find(header.transfer); known != matched_.end()) {
+        return known->second;
+    }
+    if (const auto waiting = unmatched_want_keys_.find(header.transfer);
+        waiting != unmatched_want_keys_.end()) {
+        take_want(std::string(waiting->second));
+    } else if (late_.erase(header.transfer) == 0) {
         throw Violation("an ABORT for a transfer that isn't there");
     }
-    const State state = transfer->state;
+    send(FrameType::aborted, kFromSource, header.transfer, 0, 0);
+    return nullptr;
+}
+
+void Session::on_abort_for_source(const Header& header, const AbortBody& body, Time now) {
+    const TransferPtr transfer = find_source(header);
+    if (transfer == nullptr) {
+        return;
+    }
     transfer->peer_ended = true;
-    if (state == State::posted || state == State::matched || state == State::moving || state == State::sent) {
+    if (transfer->undecided()) {
         const bool mismatch = body.code == AbortCode::layout_mismatch;
         const Mismatch ours{body.mismatch.path, body.mismatch.theirs, body.mismatch.ours};
-        transfer->outcome = {mismatch ? Cause::layout_mismatch : Cause::peer_aborted, Delivered::no, body.reason, ours};
+        transfer->outcome = {mismatch ? Cause::layout_mismatch : Cause::peer_aborted, Delivered::no,
+                             body.reason, ours};
+    }
+    if (transfer->outcome.cause == Cause::ok) {
+        throw Violation("an ABORT after a DONE");
     }
     transfer->outcome.delivered = Delivered::no;
     apply(transfer, Event::peer_ended, now);
@@ -357,11 +388,12 @@ void Session::on_aborted_for_source(const Header& header, Time now) {
     const auto& index = by_offer ? offers_ : matched_;
     const auto known = index.find(header.transfer);
     if (known == index.end()) {
-        if (by_offer) {
-            return;
-        }
-        late_.erase(header.transfer);
-        if (header.transfer > last_want_seen_) {
+        const bool owed = by_offer ? std::erase_if(late_offers_,
+                                                   [&](const auto& item) {
+                                                       return item.second == header.transfer;
+                                                   }) != 0
+                                   : late_.erase(header.transfer) != 0;
+        if (!owed && (!by_offer || header.transfer >= next_offer_)) {
             throw Violation("an ABORTED for a transfer that isn't there");
         }
         return;

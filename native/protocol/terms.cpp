@@ -10,8 +10,8 @@ namespace kvt::protocol {
 namespace {
 
 const Terms::Group* group_in(const Terms& terms, std::uint16_t index) noexcept {
-    const auto found =
-        std::find_if(terms.groups.begin(), terms.groups.end(), [&](const Terms::Group& g) { return g.index == index; });
+    const auto found = std::find_if(terms.groups.begin(), terms.groups.end(),
+                                    [&](const Terms::Group& g) { return g.index == index; });
     return found == terms.groups.end() ? nullptr : &*found;
 }
 
@@ -27,8 +27,8 @@ Mismatch oriented(std::string path, std::string source, std::string destination,
     return {std::move(path), std::move(destination), std::move(source)};
 }
 
-/// For each layer of the destination's stream, the position of its partner in the source's; empty when a name is missing,
-/// with the name in `missing`.
+/// For each layer of the destination's stream, the position of its partner in the source's; empty when a name
+/// is missing, with the name in `missing`.
 std::vector<std::uint32_t> pair_layers(const Side& source, const Side& destination, std::string& missing) {
     const std::size_t n = destination.terms->layers.size();
     std::vector<std::uint32_t> order(n);
@@ -40,7 +40,8 @@ std::vector<std::uint32_t> pair_layers(const Side& source, const Side& destinati
     }
     std::unordered_map<std::string_view, std::uint32_t> by_name;
     for (std::size_t i = 0; i < source.terms->layers.size(); ++i) {
-        by_name.emplace(source.pool->layers[source.terms->layers[i].index].name, static_cast<std::uint32_t>(i));
+        by_name.emplace(source.pool->layers[source.terms->layers[i].index].name,
+                        static_cast<std::uint32_t>(i));
     }
     for (std::size_t i = 0; i < n; ++i) {
         const std::string& name = destination.pool->layers[destination.terms->layers[i].index].name;
@@ -64,7 +65,7 @@ Difference compare_groups(const GroupTerms& source, const GroupTerms& destinatio
         return {"groups", source.name, destination.name};
     }
     if (source.opaque || destination.opaque) {
-        return {};    // an opaque pool pairs with any pool of equal piece bytes
+        return {};  // an opaque pool pairs with any pool of equal piece bytes
     }
     if (source.dtype != destination.dtype) {
         return {"dtype", source.dtype, destination.dtype};
@@ -76,15 +77,18 @@ Difference compare_groups(const GroupTerms& source, const GroupTerms& destinatio
         return {"kv", source.kv, destination.kv};
     }
     if (source.tokens_per_block != destination.tokens_per_block) {
-        return {"tokens_per_block", std::to_string(source.tokens_per_block), std::to_string(destination.tokens_per_block)};
+        return {"tokens_per_block", std::to_string(source.tokens_per_block),
+                std::to_string(destination.tokens_per_block)};
     }
     return {};
 }
 
-Difference compare_layer(const Side& source, const Terms::Layer& theirs, const Side& destination, const Terms::Layer& mine) {
+Difference compare_layer(const Side& source, const Terms::Layer& theirs, const Side& destination,
+                         const Terms::Layer& mine) {
     const bool by_name = source.pool->groups.size() > 1 && destination.pool->groups.size() > 1;
     Difference found = compare_groups(source.pool->groups[source.pool->layers[theirs.index].group],
-                                      destination.pool->groups[destination.pool->layers[mine.index].group], by_name);
+                                      destination.pool->groups[destination.pool->layers[mine.index].group],
+                                      by_name);
     if (!found.path.empty()) {
         return found;
     }
@@ -103,13 +107,14 @@ Difference compare_layer(const Side& source, const Terms::Layer& theirs, const S
 
 std::string check_terms(const PoolTerms& pool, const Terms& terms) {
     for (std::size_t i = 0; i < terms.groups.size(); ++i) {
-        if (terms.groups[i].index >= pool.groups.size() || group_in(terms, terms.groups[i].index) != &terms.groups[i]) {
+        if (terms.groups[i].index >= pool.groups.size() ||
+            group_in(terms, terms.groups[i].index) != &terms.groups[i]) {
             return "a transfer's terms name a group twice or one that isn't there";
         }
     }
     constexpr std::uint64_t kMost = std::uint64_t{1} << 62;
     std::uint64_t total = 0;
-    std::vector<bool> seen(pool.layers.size());    // twice would make the pairing by name no permutation
+    std::vector<bool> seen(pool.layers.size());  // twice would make the pairing by name no permutation
     for (const auto& layer : terms.layers) {
         if (layer.index >= pool.layers.size() || seen[layer.index]) {
             return "a transfer's terms name a layer twice or one that isn't there";
@@ -141,7 +146,8 @@ Fit fit(const Side& source, const Side& destination, bool ours_is_source) {
     };
     const std::size_t layers = destination.terms->layers.size();
     if (source.terms->layers.size() != layers) {
-        return refuse("layers", std::to_string(source.terms->layers.size()) + " layers", std::to_string(layers) + " layers");
+        return refuse("layers", std::to_string(source.terms->layers.size()) + " layers",
+                      std::to_string(layers) + " layers");
     }
     std::string missing;
     result.order = pair_layers(source, destination, missing);
@@ -150,7 +156,8 @@ Fit fit(const Side& source, const Side& destination, bool ours_is_source) {
     }
     for (std::size_t i = 0; i < layers; ++i) {
         result.in_order = result.in_order && result.order[i] == i;
-        Difference found = compare_layer(source, source.terms->layers[result.order[i]], destination, destination.terms->layers[i]);
+        Difference found = compare_layer(source, source.terms->layers[result.order[i]], destination,
+                                         destination.terms->layers[i]);
         if (!found.path.empty()) {
             return refuse(std::move(found.path), std::move(found.source), std::move(found.destination));
         }

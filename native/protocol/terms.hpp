@@ -1,7 +1,8 @@
 // What two pools and two transfers say of their shape, and whether they fit.
 //
-// Lives here: the described values and their comparison. Does not live here: addresses, strides, block ids (memory).
-// Invariant: fits() is pure and symmetric in what it refuses; both sides of a transfer reach the same verdict.
+// Lives here: the described values and their comparison. Does not live here: addresses, strides, block ids
+// (memory). Invariant: fits() is pure and symmetric in what it refuses; both sides of a transfer reach the
+// same verdict.
 #pragma once
 
 #include <cstdint>
@@ -28,7 +29,7 @@ struct LayerTerms {
 /// A pool as announced by POOL: everything that a peer may know of it.
 struct PoolTerms {
     std::string name;
-    bool named = false;    // its layers have names that the user gave
+    bool named = false;  // its layers have names that the user gave
     std::vector<GroupTerms> groups;
     std::vector<LayerTerms> layers;
 };
@@ -44,8 +45,8 @@ struct Terms {
         std::uint64_t piece_nbytes = 0;
     };
     std::uint64_t pool = 0;
-    std::vector<Group> groups;    // those in use
-    std::vector<Layer> layers;    // in stream order
+    std::vector<Group> groups;  // those in use
+    std::vector<Layer> layers;  // in stream order
 };
 
 struct Mismatch {
@@ -65,12 +66,12 @@ std::uint64_t stream_nbytes(const PoolTerms& pool, const Terms& terms);
 /// Checks indexes and counts against the pool; returns an empty string or what is wrong.
 std::string check_terms(const PoolTerms& pool, const Terms& terms);
 
-/// Compares source and destination. On success `order` holds, for each layer of the destination's stream, the position
-/// of its partner in the source's `terms.layers`.
+/// Compares source and destination. On success `order` holds, for each layer of the destination's stream, the
+/// position of its partner in the source's `terms.layers`.
 struct Fit {
     std::optional<Mismatch> mismatch;
     std::vector<std::uint32_t> order;
-    bool in_order = true;    // order is 0, 1, 2...
+    bool in_order = true;  // order is 0, 1, 2...
 };
 Fit fit(const Side& source, const Side& destination, bool ours_is_source);
 

@@ -44,7 +44,7 @@ constexpr Transition kTable[] = {
     {S, moving, E::first_bytes, moving, A::none},
     {S, moving, E::all_bytes, sent, A::none},
     {S, moving, E::sealed, moving, A::refuse_bug},
-    {S, moving, E::done, moving, A::violation},
+    {S, moving, E::done, ending, A::quiesce},  // all has left; a mover's note of it is on its way
     {S, moving, E::stop, stopping, A::quiesce},
     {S, moving, E::peer_ended, ending, A::quiesce},
     {S, moving, E::quiesced, moving, A::refuse_bug},
@@ -92,7 +92,7 @@ constexpr Transition kTable[] = {
     {S, ending, E::first_bytes, ending, A::refuse_bug},
     {S, ending, E::all_bytes, ending, A::none},
     {S, ending, E::sealed, ending, A::refuse_bug},
-    {S, ending, E::done, ending, A::none},
+    {S, ending, E::done, ending, A::violation},
     {S, ending, E::stop, ending, A::none},
     {S, ending, E::peer_ended, ending, A::none},
     {S, ending, E::quiesced, over, A::finish},
@@ -248,7 +248,8 @@ constexpr bool in_order() {
 }
 static_assert(in_order(), "rows stand by event, so that none is there twice");
 
-// Where each role's block of rows for a state begins: the table above is written in the order that reads best.
+// Where each role's block of rows for a state begins: the table above is written in the order that reads
+// best.
 constexpr std::array<std::array<std::size_t, kStates>, 2> index_rows() {
     std::array<std::array<std::size_t, kStates>, 2> index{};
     for (std::size_t i = 0; i < std::size(kTable); i += kEvents) {
@@ -263,13 +264,15 @@ constexpr auto kIndex = index_rows();
 std::span<const Transition> transition_table() noexcept { return kTable; }
 
 const Transition& step(Role role, State from, Event event) noexcept {
-    return kTable[kIndex[static_cast<std::size_t>(role)][static_cast<std::size_t>(from)] + static_cast<std::size_t>(event)];
+    return kTable[kIndex[static_cast<std::size_t>(role)][static_cast<std::size_t>(from)] +
+                  static_cast<std::size_t>(event)];
 }
 
 const char* name_of(Role role) noexcept { return role == Role::source ? "source" : "destination"; }
 
 const char* name_of(State state) noexcept {
-    constexpr const char* kNames[] = {"posted", "matched", "moving", "sent", "stopping", "ending", "verdict", "draining", "over"};
+    constexpr const char* kNames[] = {"posted", "matched", "moving",   "sent", "stopping",
+                                      "ending", "verdict", "draining", "over"};
     return kNames[static_cast<std::size_t>(state)];
 }
 
@@ -280,8 +283,8 @@ const char* name_of(Event event) noexcept {
 }
 
 const char* name_of(Action action) noexcept {
-    constexpr const char* kNames[] = {"none",      "refuse_bug", "violation",  "quiesce",  "finish_ok",
-                                      "finish",    "send_abort", "send_done",  "finish_drain"};
+    constexpr const char* kNames[] = {"none",   "refuse_bug", "violation", "quiesce",     "finish_ok",
+                                      "finish", "send_abort", "send_done", "finish_drain"};
     return kNames[static_cast<std::size_t>(action)];
 }
 

@@ -1,0 +1,164 @@
+// The clock and the end of a session: deadlines, our own pauses, loss.
+#include <algorithm>
+
+#include "protocol/session.hpp"
+
+namespace kvt::protocol {
+
+void Session::watch(const Transfer& transfer) noexcept {
+    Cause cause{};
+    watch(deadline_of(transfer, cause));
+}
+
+Time Session::deadline_of(const Transfer& transfer, Cause& cause) const noexcept {
+    if (transfer.finished) {
+        return kNever;
+    }
+    if (transfer.state == State::verdict) {
+        return transfer.verdict_until;  // on_time looks at the state, not at a cause
+    }
+    if (!transfer.undecided()) {
+        return kNever;  // its end waits for nothing but our own movers
+    }
+    const auto after = [](Time from, Time duration) {
+        return duration >= kNever - from ? kNever : from + duration;
+    };
+    Time deadline = after(transfer.posted_at, transfer.limits.total);
+    cause = Cause::timeout_total;
+    const auto sooner = [&](Time candidate, Cause why) {
+        if (candidate < deadline) {
+            deadline = candidate;
+            cause = why;
+        }
+    };
+    if (transfer.state == State::posted) {
+        sooner(after(transfer.waits_since, transfer.limits.match), Cause::timeout_match);
+    } else if (transfer.gate_shut) {
+        sooner(after(transfer.waits_since, transfer.limits.match), Cause::timeout_gate);
+    } else if (!(config_.memory_backend && transfer.role == Role::source)) {
+        // A source whose destination copies sees no byte: the destination's clock counts for both.
+        sooner(after(transfer.moved_at, transfer.limits.stall), Cause::timeout_bytes);
+    }
+    return deadline;
+}
+
+void Session::on_time(Time now) {
+    if (now < next_deadline_ || lost_) {
+        return;
+    }
+    next_deadline_ = kNever;
+    std::vector<TransferPtr> all;
+    for (const auto* keys : {&source_keys_, &destination_keys_}) {
+        for (const auto& [key, transfer] : *keys) {
+            all.push_back(transfer);
+        }
+    }
+    for (const TransferPtr& transfer : all) {
+        Cause cause{};
+        const Time deadline = deadline_of(*transfer, cause);
+        if (deadline > now) {
+            watch(deadline);
+        } else if (transfer->state == State::verdict) {
+            leave_without_verdict(transfer, now);
+        } else {
+            stop(transfer, {cause, Delivered::no, {}, {}}, now);
+        }
+    }
+    std::erase_if(refusals_, [&](const auto& item) { return item.second.until <= now; });
+}
+
+// The destination's word will come, or the session will end; the user waits for neither.
+void Session::leave_without_verdict(const TransferPtr& transfer, Time now) {
+    transfer->outcome.delivered = Delivered::unknown;
+    if (transfer->want != 0) {
+        late_.insert(transfer->want);
+    } else {
+        late_offers_.emplace(transfer->key, transfer->id);
+    }
+    apply(transfer, Event::silent, now);
+}
+
+void Session::resumed(Time now) {
+    heard_at_ = now;
+    for (const auto* keys : {&source_keys_, &destination_keys_}) {
+        for (const auto& [key, transfer] : *keys) {
+            // What the peer said meanwhile is still unread. Only the limit of the whole is meant to count a
+            // pause.
+            if (transfer->state == State::verdict) {
+                transfer->verdict_until = now + kVerdictGrace;
+            }
+            transfer->moved_at = transfer->waits_since = now;
+        }
+    }
+}
+
+// Whether the destination may have sealed what this source offered or sent, for all that the source can know.
+bool Session::may_be_sealed(const Transfer& source) const noexcept {
+    if (config_.memory_backend) {
+        return source.told;
+    }
+    return source.want != 0 && source.all_taken();
+}
+
+void Session::lose_transfer(const TransferPtr& transfer, Cause cause, const std::string& reason, Time now) {
+    const State state = transfer->state;
+    if (transfer->undecided()) {
+        transfer->outcome = {cause, Delivered::no, reason, {}};
+    }
+    const bool unsure = transfer->undecided() || state == State::stopping || state == State::verdict;
+    if (unsure && transfer->role == Role::source) {
+        transfer->outcome.delivered = may_be_sealed(*transfer) ? Delivered::unknown : Delivered::no;
+    }
+    apply(transfer, Event::lost, now);
+}
+
+void Session::lost(Cause cause, const std::string& reason, Time now) {
+    if (lost_) {
+        return;
+    }
+    lost_ = true;
+    lost_cause_ = cause;
+    lost_reason_ = reason;
+    next_deadline_ = kNever;
+    std::vector<TransferPtr> all;
+    for (const auto* keys : {&source_keys_, &destination_keys_}) {
+        for (const auto& [key, transfer] : *keys) {
+            all.push_back(transfer);
+        }
+    }
+    for (const auto& [key, transfer] : tombstones_) {
+        all.push_back(transfer);
+    }
+    for (const TransferPtr& transfer : all) {
+        lose_transfer(transfer, cause, reason, now);
+        if (transfer->finished) {
+            forget(transfer);
+        }
+    }
+    for (auto* queue : {&messages_, &unacknowledged_}) {
+        for (const MessagePtr& message : *queue) {
+            const bool unsent = queue == &messages_;
+            message->outcome = {cause, unsent ? Delivered::no : Delivered::unknown, reason, {}};
+            message->finished = true;
+            message->over_at = now;
+            finished_messages_.push_back(message);
+        }
+        queue->clear();
+    }
+    outbox_.clear();
+    untold_.clear();
+    for (auto* queue : {&short_, &long_, &inline_, &copies_}) {
+        queue->clear();
+    }
+    unmatched_wants_.clear();
+    unmatched_want_keys_.clear();
+    unmatched_offers_.clear();
+    unmatched_offer_keys_.clear();
+    late_.clear();
+    late_offers_.clear();
+    refusals_.clear();
+    peer_pools_.clear();
+    peer_charge_ = peer_regions_ = 0;
+}
+
+}  // namespace kvt::protocol
