@@ -1,0 +1,110 @@
+"""Two endpoints over loopback TCP, kept for all examples; and layouts as numpy sees them.
+
+The reference is numpy's own indexing: [block, head, token, dim] views of what was registered, one for each part
+(K, V) of each layer. It knows nothing of runs or of the library's arithmetic.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import numpy as np
+
+import kvtransport as kvt
+
+LIMIT_S = 20
+
+
+@dataclass
+class Pair:
+    ours: kvt.Endpoint
+    theirs: kvt.Endpoint
+    out: kvt.Connection
+    back: kvt.Connection
+
+
+@functools.cache
+def pair(lanes: int | None = None, chunk_nbytes: int | None = None) -> Pair:
+    config = kvt.Config(backends=("tcp",), lanes=lanes, chunk_nbytes=chunk_nbytes, movers=2)
+    ours, theirs = kvt.Endpoint(config), kvt.Endpoint(config)
+    out = ours.connect(theirs.listen("127.0.0.1:0"), timeout=LIMIT_S)
+    return Pair(ours, theirs, out, theirs.accept(LIMIT_S))
+
+
+def close_pairs(pairs: list[Pair]) -> None:
+    for made in pairs:
+        made.ours.close()
+        made.theirs.close()
+
+
+@dataclass(frozen=True)
+class Form:
+    """A side's layout and how its tensors lie in memory."""
+
+    kv: str  # packed | single | pair | axis0 | axis1
+    order: str
+    tokens: int
+    heads: int
+    dim: int
+    v_dim: int
+    dtype: str
+    blocks: int
+    pad: int  # elements between neighbouring blocks
+
+    def layout(self) -> kvt.BlockLayout:
+        kv = self.kv if self.kv in ("packed", "single") else "split"
+        return kvt.BlockLayout(
+            tokens_per_block=self.tokens,
+            num_kv_heads=self.heads,
+            head_dim=self.dim,
+            dtype=self.dtype,
+            order=self.order,
+            kv=kv,
+            kv_axis={"axis0": 0, "axis1": 1}.get(self.kv),
+            v_head_dim=self.v_dim if self.kv in ("packed", "pair") else None,
+        )
+
+    def _array(self, lead: tuple[int, ...], dim: int, fill: np.random.Generator) -> np.ndarray:
+        """[*lead, inner..., dim] whose blocks lie `pad` elements apart."""
+        inner = (self.heads, self.tokens, dim) if self.order == "HND" else (self.tokens, self.heads, dim)
+        size = int(np.prod(inner))
+        outer = int(np.prod(lead))
+        raw = np.frombuffer(
+            fill.bytes(outer * (size + self.pad) * np.dtype(self.dtype).itemsize), self.dtype
+        ).copy()
+        rows = raw.reshape(outer, size + self.pad)[:, :size]
+        strides = [rows.itemsize]
+        for n in inner[:0:-1]:
+            strides.append(strides[-1] * n)
+        outside = [rows.strides[0]]
+        for n in lead[:0:-1]:
+            outside.append(outside[-1] * n)
+        return np.lib.stride_tricks.as_strided(rows, (*lead, *inner), (*outside[::-1], *strides[::-1]))
+
+    def tensors(self, layers: int, seed: int) -> tuple[list, list[list[np.ndarray]], list[np.ndarray]]:
+        """(what is registered, its parts as [block, head, token, dim] per layer, the bare memory)."""
+        fill = np.random.default_rng(seed)
+        given, parts, bare = [], [], []
+        for _ in range(layers):
+            if self.kv == "pair":
+                both = [self._array((self.blocks,), d, fill) for d in (self.dim, self.v_dim)]
+                given.append(tuple(both))
+                views = both
+            else:
+                lead = {"axis0": (2, self.blocks), "axis1": (self.blocks, 2)}.get(self.kv, (self.blocks,))
+                dim = self.dim + self.v_dim if self.kv == "packed" else self.dim
+                both = [self._array(lead, dim, fill)]
+                given.append(both[0])
+                views = both
+                if self.kv == "axis0":
+                    views = [both[0][0], both[0][1]]
+                elif self.kv == "axis1":
+                    views = [both[0][:, 0], both[0][:, 1]]
+            parts.append([v if self.order == "HND" else v.swapaxes(1, 2) for v in views])
+            bare += [root(a) for a in both]
+        return given, parts, bare
+
+
+def root(array: np.ndarray) -> np.ndarray:
+    while isinstance(array.base, np.ndarray):
+        array = array.base
+    return array
