@@ -9,13 +9,14 @@ a user's code and never blocks.
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import threading
 import weakref
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
+    import asyncio
+
     from kvtransport import _native
     from kvtransport.transfer import Handle
 
@@ -123,6 +124,8 @@ class LoopBridges:
 
     def here(self) -> LoopBridge:
         """Return the bridge of the running loop."""
+        import asyncio  # whoever has a loop has it already; import kvtransport alone needn't pay for it
+
         loop = asyncio.get_running_loop()
         with self._lock:
             bridge = self._bridges.get(loop)

@@ -9,7 +9,6 @@ but `result`, `wait_layer` and `wait` blocks.
 
 from __future__ import annotations
 
-import asyncio
 import ctypes
 from collections.abc import Generator, Iterable
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
@@ -60,17 +59,19 @@ class Handle(Generic[Outcome]):
         return self._wait_async().__await__()
 
     async def _wait_async(self) -> Outcome:
+        from asyncio import CancelledError
+
         if not self.native.done():
             bridge = self._bridges.here()
             try:
                 await bridge.ended(self.native)
-            except asyncio.CancelledError:
+            except CancelledError:
                 self._cancel()
                 # The caller may touch the blocks once this await is left: not before no byte of it can land.
                 while not self.native.done():
                     try:
                         await bridge.ended(self.native)
-                    except asyncio.CancelledError:
+                    except CancelledError:
                         continue
                 raise
         return self._finished()

@@ -93,7 +93,9 @@ class TcpLane final : public Pollable,
 
   private:
     enum class Turn { idle, more, dead };
+    bool start_next();
     Turn read_turn();
+    std::size_t read_once(iovec* iov, std::string& wrong);
     Turn write_turn(const protocol::Staging& staging, std::size_t budget, bool one_chunk);
     void broke(const std::string& reason);
 

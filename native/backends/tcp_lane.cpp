@@ -5,6 +5,7 @@
 #include <cerrno>
 #include <climits>
 #include <cstring>
+#include <utility>
 
 #include "backends/tcp.hpp"
 #include "base/clock.hpp"
@@ -16,6 +17,7 @@ using protocol::Cause;
 namespace {
 
 constexpr std::size_t kIov = 1024;  // IOV_MAX
+constexpr const char* kProtocol = "protocol: ";
 // What a turn may move before the lane's neighbours and the other direction get theirs.
 constexpr std::size_t kTurnNbytes = 1u << 20;
 
@@ -80,48 +82,46 @@ void TcpLane::chunk_left(const protocol::ChunkJob& job, bool whole, bool begun) 
     host_.chunk_left(job, whole, begun);
 }
 
+// One system call. What is wrong with the lane, if anything, is left in `wrong`.
+std::size_t TcpLane::read_once(iovec* iov, std::string& wrong) {
+    const std::lock_guard lock(rx_mutex_);
+    msghdr message{};
+    message.msg_iov = iov;
+    message.msg_iovlen = reader_.want(iov, kIov, io_nbytes_, mover_.staging());
+    std::size_t asked = 0;
+    for (std::size_t i = 0; i < message.msg_iovlen; ++i) {
+        asked += iov[i].iov_len;
+    }
+    const auto n = ::recvmsg(fd_.get(), &message, MSG_DONTWAIT);
+    if (n < 0 && (errno == EAGAIN || errno == EINTR)) {
+        readable_.store(errno == EINTR);
+        return 0;
+    }
+    if (n <= 0) {
+        wrong = std::string("reset: ") + (n == 0 ? "a lane's other end was closed" : std::strerror(errno));
+        return 0;
+    }
+    host_.heard();
+    if (static_cast<std::size_t>(n) < asked) {
+        readable_.store(false);  // edge-triggered: whatever comes later is a new edge
+    }
+    if (protocol::Transfer* transfer = reader_.transfer()) {
+        transfer->moved_at.store(monotonic_ns(), std::memory_order_relaxed);
+    }
+    try {
+        reader_.got(iov, message.msg_iovlen, static_cast<std::size_t>(n));
+    } catch (const protocol::Violation& violation) {
+        wrong = std::string(kProtocol) + violation.what();
+    }
+    return static_cast<std::size_t>(n);
+}
+
 TcpLane::Turn TcpLane::read_turn() {
     std::size_t moved = 0;
     iovec iov[kIov];
     while (readable_.load() && moved < kTurnNbytes) {
         std::string wrong;
-        {
-            const std::lock_guard lock(rx_mutex_);
-            msghdr message{};
-            message.msg_iov = iov;
-            message.msg_iovlen = reader_.want(iov, kIov, io_nbytes_, mover_.staging());
-            std::size_t asked = 0;
-            for (std::size_t i = 0; i < message.msg_iovlen; ++i) {
-                asked += iov[i].iov_len;
-            }
-            const auto n = ::recvmsg(fd_.get(), &message, MSG_DONTWAIT);
-            if (n < 0 && errno == EAGAIN) {
-                readable_.store(false);
-                break;
-            }
-            if (n < 0 && errno == EINTR) {
-                continue;
-            }
-            if (n <= 0) {
-                wrong = std::string("reset: ") +
-                        (n == 0 ? "a lane's other end was closed" : std::strerror(errno));
-            } else {
-                moved += static_cast<std::size_t>(n);
-                host_.heard();
-                if (static_cast<std::size_t>(n) < asked) {
-                    readable_.store(false);  // edge-triggered: whatever comes later is a new edge
-                }
-                if (protocol::Transfer* transfer = reader_.transfer()) {
-                    transfer->moved_at.store(monotonic_ns(), std::memory_order_relaxed);
-                }
-                try {
-                    reader_.got(iov, message.msg_iovlen, static_cast<std::size_t>(n));
-                } catch (const protocol::Violation& violation) {
-                    wrong = violation.what();
-                    wrong.insert(0, "protocol: ");
-                }
-            }
-        }
+        moved += read_once(iov, wrong);
         if (!wrong.empty()) {
             broke(wrong);
             return Turn::dead;
@@ -133,21 +133,25 @@ TcpLane::Turn TcpLane::read_turn() {
     return readable_.load() ? Turn::more : Turn::idle;
 }
 
+// Under tx_mutex_. False when there is nothing to write.
+bool TcpLane::start_next() {
+    auto job = host_.next_chunk();
+    if (!job) {
+        return false;
+    }
+    job->transfer->moved_at.store(monotonic_ns(), std::memory_order_relaxed);
+    writer_.start(std::move(*job));
+    return true;
+}
+
 TcpLane::Turn TcpLane::write_turn(const protocol::Staging& staging, std::size_t budget, bool one_chunk) {
     const std::lock_guard lock(tx_mutex_);
     iovec iov[kIov];
     std::size_t moved = 0;
-    while (writable_.load() && moved < budget) {
-        if (writer_.idle()) {
-            if (one_chunk && moved > 0) {
-                return Turn::idle;
-            }
-            auto job = host_.next_chunk();
-            if (!job) {
-                return Turn::idle;
-            }
-            job->transfer->moved_at.store(monotonic_ns(), std::memory_order_relaxed);
-            writer_.start(std::move(*job));
+    bool full = false;
+    while ((full || writable_.load()) && moved < budget) {
+        if (writer_.idle() && ((one_chunk && moved > 0) || !start_next())) {
+            return Turn::idle;
         }
         msghdr message{};
         message.msg_iov = iov;
@@ -157,8 +161,17 @@ TcpLane::Turn TcpLane::write_turn(const protocol::Staging& staging, std::size_t 
             continue;
         }
         if (n < 0) {
-            writable_.store(false);  // full, or broken: then the reading side says so
-            return Turn::idle;
+            // Full, or broken: then the reading side says so. The edge that ends it may have come between the
+            // call and this store, from the mover's thread while another writes: look once more before
+            // waiting for one.
+            if (std::exchange(full, true)) {
+                return Turn::idle;
+            }
+            writable_.store(false);
+            continue;
+        }
+        if (std::exchange(full, false)) {
+            writable_.store(true);
         }
         moved += static_cast<std::size_t>(n);
         host_.spoke();
@@ -187,7 +200,6 @@ bool TcpLane::write_from_here() {
 void TcpLane::broke(const std::string& reason) {
     closed_.store(true);
     mover_.remove(fd_.get());
-    constexpr const char* kProtocol = "protocol: ";
     if (reason.starts_with(kProtocol)) {
         host_.lose(Cause::protocol_error, reason.substr(std::strlen(kProtocol)));
         return;

@@ -188,7 +188,9 @@ bool wait_with_signals(double timeout_s, const std::function<bool(std::int64_t)>
     }
 }
 
-void bind_engine(nb::module_& m) {
+namespace {
+
+void bind_queue_and_gate(nb::module_& m) {
     nb::class_<PyQueue>(m, "Queue")
         .def("__init__", [](PyQueue* self) { new (self) PyQueue{std::make_shared<engine::Queue>()}; })
         .def("fileno", [](const PyQueue& self) { return self.queue->fd(); })
@@ -227,7 +229,9 @@ void bind_engine(nb::module_& m) {
         .def("word_address",
              [](const PyGate& self) { return reinterpret_cast<std::uintptr_t>(self.gate->word()); })
         .def_prop_ro("num_layers", [](const PyGate& self) { return self.gate->num_layers(); });
+}
 
+void bind_pool(nb::module_& m) {
     nb::class_<PyPool>(m, "Pool")
         .def(
             "__init__",
@@ -241,8 +245,10 @@ void bind_engine(nb::module_& m) {
         .def("close", &close_pool, nb::arg("timeout_s"))
         .def("in_use", [](const PyPool& self) { return self.pool->in_use(); })
         .def_prop_ro("id", [](const PyPool& self) { return self.pool->id(); });
+}
 
-    nb::class_<PyEngine>(m, "Engine")
+nb::class_<PyEngine> declare_engine(nb::module_& m) {
+    return nb::class_<PyEngine>(m, "Engine")
         .def(
             "__init__",
             [](PyEngine* self, nb::bytes incarnation, unsigned movers, std::vector<int> cpus,
@@ -258,7 +264,11 @@ void bind_engine(nb::module_& m) {
                     PyEngine{translate([&] { return std::make_shared<engine::Engine>(std::move(options)); })};
             },
             nb::arg("incarnation"), nb::kw_only(), nb::arg("movers"), nb::arg("cpus"),
-            nb::arg("dead_after_s"), nb::arg("handshake_timeout_s"), nb::arg("max_pending") = 64)
+            nb::arg("dead_after_s"), nb::arg("handshake_timeout_s"), nb::arg("max_pending") = 64);
+}
+
+void bind_listeners(nb::class_<PyEngine>& engine) {
+    engine
         .def(
             "add_listener",
             [](PyEngine& self, int fd) {
@@ -272,14 +282,17 @@ void bind_engine(nb::module_& m) {
             [](PyEngine& self, std::uint64_t id) { self.engine->admission().remove_listener(id); },
             nb::arg("listener_id"))
         .def("event_fd", [](PyEngine& self) { return self.engine->event_fd(); })
-        .def("poll_events",
-             [](PyEngine& self) {
-                 nb::list out;
-                 for (const auto& event : self.engine->poll_events()) {
-                     out.append(event_tuple(event));
-                 }
-                 return out;
-             })
+        .def("poll_events", [](PyEngine& self) {
+            nb::list out;
+            for (const auto& event : self.engine->poll_events()) {
+                out.append(event_tuple(event));
+            }
+            return out;
+        });
+}
+
+void bind_sessions(nb::class_<PyEngine>& engine) {
+    engine
         .def(
             "new_session",
             [](PyEngine& self, nb::bytes placeholder) {
@@ -301,6 +314,16 @@ void bind_engine(nb::module_& m) {
         .def("recv_messages", &recv_messages, nb::arg("timeout_s"))
         .def("forked", [](PyEngine& self) { return self.engine->forked(); })
         .def("close", [](PyEngine& self) { translate([&] { self.engine->close(); }); });
+}
+
+}  // namespace
+
+void bind_engine(nb::module_& m) {
+    bind_queue_and_gate(m);
+    auto engine = declare_engine(m);
+    bind_pool(m);
+    bind_listeners(engine);
+    bind_sessions(engine);
 }
 
 }  // namespace kvt::bindings

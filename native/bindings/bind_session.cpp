@@ -95,8 +95,10 @@ std::string cause_of(const std::string& reason) { return reason.substr(0, reason
 
 }  // namespace
 
-void bind_session(nb::module_& m) {
-    nb::class_<PySession>(m, "Session")
+namespace {
+
+void bind_opening(nb::class_<PySession>& session) {
+    session
         .def_prop_ro("id",
                      [](const PySession& self) {
                          return nb::bytes(self.connection->session_id().data(),
@@ -117,7 +119,11 @@ void bind_session(nb::module_& m) {
             nb::arg("control_fd"), nb::kw_only(), nb::arg("session_id"), nb::arg("protection"),
             nb::arg("lanes"), nb::arg("chunk_nbytes"), nb::arg("peer_pid"), nb::arg("backend") = "tcp",
             nb::arg("max_unmatched") = 1024, nb::arg("max_regions") = 1024,
-            nb::arg("socket_buffer_nbytes") = 0)
+            nb::arg("socket_buffer_nbytes") = 0);
+}
+
+void bind_lanes(nb::class_<PySession>& session) {
+    session
         .def(
             "adopt",
             [](PySession& self, PySession& other) {
@@ -137,11 +143,14 @@ void bind_session(nb::module_& m) {
                 });
             },
             nb::arg("fd"), nb::arg("number"))
-        .def("ready",
-             [](PySession& self) {
-                 const auto path = std::dynamic_pointer_cast<backends::TcpPath>(self.connection->path());
-                 return path == nullptr ? self.connection->is_open() : path->lanes_up() >= self.lanes;
-             })
+        .def("ready", [](PySession& self) {
+            const auto path = std::dynamic_pointer_cast<backends::TcpPath>(self.connection->path());
+            return path == nullptr ? self.connection->is_open() : path->lanes_up() >= self.lanes;
+        });
+}
+
+void bind_posts(nb::class_<PySession>& session) {
+    session
         .def(
             "post_send",
             [](PySession& self, PyPool& pool, nb::handle ids, nb::handle key,
@@ -164,7 +173,11 @@ void bind_session(nb::module_& m) {
             },
             nb::arg("pool"), nb::arg("ids"), nb::arg("key"), nb::arg("layers").none(),
             nb::arg("heads").none(), nb::arg("match_timeout_s"), nb::arg("stall_timeout_s"),
-            nb::arg("timeout_s"), nb::arg("meta"), nb::arg("queue").none(), nb::arg("handle_id"))
+            nb::arg("timeout_s"), nb::arg("meta"), nb::arg("queue").none(), nb::arg("handle_id"));
+}
+
+void bind_rest(nb::class_<PySession>& session) {
+    session
         .def(
             "refuse",
             [](PySession& self, nb::handle key, const std::string& reason, double remember_s) {
@@ -204,6 +217,16 @@ void bind_session(nb::module_& m) {
              })
         .def("backend", [](const PySession& self) { return self.connection->backend(); })
         .def("stats", &stats);
+}
+
+}  // namespace
+
+void bind_session(nb::module_& m) {
+    nb::class_<PySession> session(m, "Session");
+    bind_opening(session);
+    bind_lanes(session);
+    bind_posts(session);
+    bind_rest(session);
 }
 
 }  // namespace kvt::bindings

@@ -47,15 +47,25 @@ std::uint32_t one_id(PyObject* item) {
     return checked(overflow != 0 ? std::numeric_limits<long long>::min() : id);
 }
 
-IdsPtr from_range(nb::handle range) {
-    const auto start = nb::cast<long long>(range.attr("start"));
-    const auto step = nb::cast<long long>(range.attr("step"));
-    const std::size_t n = nb::len(range);
-    auto ids = std::make_shared<memory::Ids>(n);
-    if (n != 0) {
-        checked(start);
-        checked(start + step * static_cast<long long>(n - 1));
+/// The text of a Python string; ValueError for one that UTF-8 can't carry.
+std::string to_text(nb::handle text) {
+    Py_ssize_t nbytes = 0;
+    const char* const utf8 = PyUnicode_AsUTF8AndSize(text.ptr(), &nbytes);
+    if (utf8 == nullptr) {
+        throw nb::python_error();
     }
+    return {utf8, static_cast<std::size_t>(nbytes)};
+}
+
+IdsPtr from_range(nb::handle range) {
+    const std::size_t n = nb::len(range);
+    if (n != 0) {
+        one_id(nb::object(range[0]).ptr());
+        one_id(nb::object(range[n - 1]).ptr());
+    }
+    const auto start = n == 0 ? 0 : nb::cast<long long>(range.attr("start"));
+    const auto step = n < 2 ? 1 : nb::cast<long long>(range.attr("step"));
+    auto ids = std::make_shared<memory::Ids>(n);
     for (std::size_t i = 0; i < n; ++i) {
         (*ids)[i] = static_cast<std::uint32_t>(start + step * static_cast<long long>(i));
     }
@@ -144,7 +154,10 @@ std::vector<IdsPtr> to_ids(nb::handle ids, const memory::PoolShape& shape) {
         return out;
     }
     for (const auto [name, value] : nb::borrow<nb::dict>(ids)) {
-        const std::string wanted = nb::cast<std::string>(name);
+        if (!PyUnicode_Check(name.ptr())) {
+            throw nb::type_error("block ids by group are {name: ids}, and a name is a str");
+        }
+        const std::string wanted = to_text(name);
         const auto found = std::find_if(groups.begin(), groups.end(),
                                         [&](const auto& group) { return group.name == wanted; });
         if (found == groups.end()) {
@@ -159,7 +172,7 @@ std::string to_key(nb::handle key, bool& text) {
     std::string out;
     if (PyUnicode_Check(key.ptr())) {
         text = true;
-        out = nb::cast<std::string>(key);
+        out = to_text(key);
     } else if (PyBytes_Check(key.ptr())) {
         text = false;
         out.assign(PyBytes_AS_STRING(key.ptr()), static_cast<std::size_t>(PyBytes_GET_SIZE(key.ptr())));

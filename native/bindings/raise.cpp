@@ -66,48 +66,49 @@ std::string corrupt_blocks(const engine::Result& result) {
     return text;
 }
 
-Shape shape_of(const engine::TransferHandle& handle) {
-    const engine::Result& result = handle.result;
-    const std::string who = shown_key(handle);
-    const std::string& reason = result.outcome.reason;
+std::string timeout_text(const engine::TransferHandle& handle) {
     const auto seconds = [](protocol::Time ns) {
         return std::to_string(static_cast<double>(ns) / 1e9).substr(0, 6) + " s";
     };
+    switch (handle.result.outcome.cause) {
+        case Cause::timeout_match:
+            return "the other side did not post this key within match_timeout_s=" +
+                   seconds(handle.limits.match);
+        case Cause::timeout_gate:
+            return "the source's layer gate stayed shut for match_timeout_s=" + seconds(handle.limits.match);
+        case Cause::timeout_bytes: return "no byte moved for stall_timeout_s=" + seconds(handle.limits.stall);
+        default: return "not done within timeout_s=" + seconds(handle.limits.total);
+    }
+}
+
+std::string mismatch_text(const protocol::Mismatch& mismatch) {
+    return mismatch.path + ": theirs " + mismatch.theirs + ", ours " + mismatch.ours;
+}
+
+Shape shape_of(const engine::TransferHandle& handle) {
+    const engine::Result& result = handle.result;
+    const std::string who = shown_key(handle) + ": ";
+    const std::string& reason = result.outcome.reason;
     switch (result.outcome.cause) {
         case Cause::cancelled:
-            return {"TransferCancelled", who + ": " + (reason.empty() ? "cancelled here" : reason), true};
+            return {"TransferCancelled", who + (reason.empty() ? "cancelled here" : reason), true};
         case Cause::timeout_match:
-            return {"TransferTimeout",
-                    who + ": the other side did not post this key within match_timeout_s=" +
-                        seconds(handle.limits.match),
-                    true};
         case Cause::timeout_gate:
-            return {"TransferTimeout",
-                    who + ": the source's layer gate stayed shut for match_timeout_s=" +
-                        seconds(handle.limits.match),
-                    true};
         case Cause::timeout_bytes:
-            return {"TransferTimeout",
-                    who + ": no byte moved for stall_timeout_s=" + seconds(handle.limits.stall), true};
-        case Cause::timeout_total:
-            return {"TransferTimeout", who + ": not done within timeout_s=" + seconds(handle.limits.total),
-                    true};
-        case Cause::peer_aborted: return {"PeerAborted", who + ": the peer ended it: " + reason, true};
+        case Cause::timeout_total: return {"TransferTimeout", who + timeout_text(handle), true};
+        case Cause::peer_aborted: return {"PeerAborted", who + "the peer ended it: " + reason, true};
         case Cause::integrity:
             return {"IntegrityError",
-                    who + ": the digest of what landed doesn't agree with what was sent, in block ids " +
+                    who + "the digest of what landed doesn't agree with what was sent, in block ids " +
                         corrupt_blocks(result) + "; post these again, and look at memory or network hardware",
                     true};
         case Cause::layout_mismatch:
-            return {"LayoutMismatch",
-                    who + ": " + result.outcome.mismatch.path + ": theirs " + result.outcome.mismatch.theirs +
-                        ", ours " + result.outcome.mismatch.ours,
-                    false};
-        case Cause::peer_lost: return {"PeerLost", who + ": the connection was lost (" + reason + ")", true};
-        case Cause::connection_closed: return {"ConnectionClosed", who + ": " + reason, false};
+            return {"LayoutMismatch", who + mismatch_text(result.outcome.mismatch), false};
+        case Cause::peer_lost: return {"PeerLost", who + "the connection was lost (" + reason + ")", true};
+        case Cause::connection_closed: return {"ConnectionClosed", who + reason, false};
         case Cause::protocol_error:
-            return {"RemoteProtocolError", who + ": the peer broke the protocol: " + reason, false};
-        case Cause::resource_limit: return {"ResourceLimit", who + ": " + reason, false};
+            return {"RemoteProtocolError", who + "the peer broke the protocol: " + reason, false};
+        case Cause::resource_limit: return {"ResourceLimit", who + reason, false};
         case Cause::ok: break;
     }
     return {"KVTransportError", who, false};

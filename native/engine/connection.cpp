@@ -1,6 +1,7 @@
 #include "engine/connection.hpp"
 
 #include <algorithm>
+#include <numeric>
 #include <utility>
 
 #include "base/clock.hpp"
@@ -59,24 +60,16 @@ void Connection::claim(const std::shared_ptr<TransferHandle>& handle) {
     engine_.claim(*handle);
 }
 
-std::shared_ptr<TransferHandle> Connection::post(PostArgs args) {
-    if (args.key.empty() || args.key.size() > protocol::kMaxKeyNbytes) {
-        throw std::invalid_argument("a key has 1 to 255 bytes");
-    }
+std::shared_ptr<TransferHandle> Connection::make_handle(PostArgs& args) {
     if (args.meta.size() > protocol::kMaxMetaNbytes) {
         throw std::invalid_argument("meta has at most 4,096 bytes");
-    }
-    if (is_lost()) {
-        throw NotUsable(lost_cause(), lost_reason());
     }
     std::vector<std::uint32_t> layers;
     if (args.layers) {
         layers = std::move(*args.layers);
     } else {
         layers.resize(args.pool->shape()->layers().size());
-        for (std::size_t i = 0; i < layers.size(); ++i) {
-            layers[i] = static_cast<std::uint32_t>(i);
-        }
+        std::iota(layers.begin(), layers.end(), 0u);
     }
     auto plan = std::make_shared<memory::StreamPlan>(args.pool->shape(), std::move(layers),
                                                      std::move(args.ids), args.heads);
@@ -90,19 +83,23 @@ std::shared_ptr<TransferHandle> Connection::post(PostArgs args) {
     if (args.queue) {
         handle->subscribe(std::move(args.queue), args.tag);
     }
+    return handle;
+}
+
+std::shared_ptr<TransferHandle> Connection::post(PostArgs args) {
+    if (is_lost()) {
+        throw NotUsable(lost_cause(), lost_reason());
+    }
+    auto handle = make_handle(args);
     if (!args.pool->use()) {
         throw protocol::LocalViolation("the pool is closed");
     }
     try {
         claim(handle);
-        try {
-            const std::lock_guard lock(mutex_);
-            session_.post(handle, args.pool->id(), monotonic_ns());
-        } catch (...) {
-            engine_.release(*handle);
-            throw;
-        }
+        const std::lock_guard lock(mutex_);
+        session_.post(handle, args.pool->id(), monotonic_ns());
     } catch (...) {
+        engine_.release(*handle);
         args.pool->unuse();
         throw;
     }
@@ -250,57 +247,55 @@ void Connection::settle(std::uint64_t small_nbytes) {
     }
 }
 
+Connection::Output Connection::take_output() {
+    Output output;
+    const std::lock_guard lock(mutex_);
+    if (open_.load(std::memory_order_relaxed)) {
+        session_.pump(monotonic_ns());
+        put_inline();
+        output.path = path_;
+    }
+    output.quiescing = session_.take_quiescing();
+    output.finished = session_.take_finished();
+    output.messages = session_.take_finished_messages();
+    output.inbox = session_.take_messages();
+    output.control = !session_.outbox().empty();
+    output.payload = session_.has_chunks() || session_.has_copies();
+    output.gated = session_.gates_wait();
+    output.deadline = session_.next_deadline();
+    for (const auto& transfer : output.finished) {
+        static_cast<TransferHandle&>(*transfer).snapshot(backend_);
+    }
+    return output;
+}
+
 // True when what was done may have changed the session again.
 bool Connection::settle_once(std::uint64_t small_nbytes) {
-    std::vector<protocol::TransferPtr> quiescing, finished;
-    std::vector<protocol::MessagePtr> messages;
-    std::vector<protocol::Bytes> inbox;
-    std::shared_ptr<backends::Path> path;
-    bool control = false, payload = false, gated = false;
-    Time deadline = protocol::kNever;
-    {
-        const std::lock_guard lock(mutex_);
-        if (open_.load(std::memory_order_relaxed)) {
-            session_.pump(monotonic_ns());
-            put_inline();
-            path = path_;
-        }
-        quiescing = session_.take_quiescing();
-        finished = session_.take_finished();
-        messages = session_.take_finished_messages();
-        inbox = session_.take_messages();
-        control = !session_.outbox().empty();
-        payload = session_.has_chunks() || session_.has_copies();
-        gated = session_.gates_wait();
-        deadline = session_.next_deadline();
-        for (const auto& transfer : finished) {
-            static_cast<TransferHandle&>(*transfer).snapshot(backend_);
-        }
+    Output output = take_output();
+    if (output.path && output.control) {
+        output.path->flush_control();
     }
-    if (path && control) {
-        path->flush_control();
-    }
-    for (const auto& transfer : quiescing) {
-        if (path) {
-            path->quiesce(transfer);
+    for (const auto& transfer : output.quiescing) {
+        if (output.path) {
+            output.path->quiesce(transfer);
         }
         const std::lock_guard lock(mutex_);
         session_.quiesced(transfer, monotonic_ns());
     }
-    for (const auto& transfer : finished) {
+    for (const auto& transfer : output.finished) {
         complete(transfer);
     }
-    for (const auto& message : messages) {
+    for (const auto& message : output.messages) {
         complete(message);
     }
-    if (!inbox.empty()) {
-        engine_.deliver(shared_from_this(), std::move(inbox));
+    if (!output.inbox.empty()) {
+        engine_.deliver(shared_from_this(), std::move(output.inbox));
     }
-    if (payload && path) {
-        path->kick(small_nbytes);
+    if (output.payload && output.path) {
+        output.path->kick(small_nbytes);
     }
-    engine_.need_by(deadline, gated ? this : nullptr);
-    return !quiescing.empty();
+    engine_.need_by(output.deadline, output.gated ? this : nullptr);
+    return !output.quiescing.empty();
 }
 
 // Small transfers ride on the control stream. Under the lock: at most 16 KiB are copied a frame.

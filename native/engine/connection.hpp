@@ -117,6 +117,17 @@ class Connection final : public backends::PathHost, public std::enable_shared_fr
     std::pair<std::uint64_t, std::uint64_t> progress_of(const TransferHandle& handle) const;
 
   private:
+    /// What the session wants done, taken at one moment.
+    struct Output {
+        std::vector<protocol::TransferPtr> quiescing, finished;
+        std::vector<protocol::MessagePtr> messages;
+        std::vector<protocol::Bytes> inbox;
+        std::shared_ptr<backends::Path> path;
+        bool control = false, payload = false, gated = false;
+        protocol::Time deadline = protocol::kNever;
+    };
+    Output take_output();
+    std::shared_ptr<TransferHandle> make_handle(PostArgs& args);
     void settle(std::uint64_t small_nbytes);
     bool settle_once(std::uint64_t small_nbytes);
     void put_inline();
