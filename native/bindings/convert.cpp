@@ -58,11 +58,11 @@ std::string to_text(nb::handle text) {
 }
 
 IdsPtr from_range(nb::handle range) {
-    const std::size_t n = nb::len(range);
-    if (n != 0) {
-        one_id(nb::object(range[0]).ptr());
-        one_id(nb::object(range[n - 1]).ptr());
+    if (nb::cast<bool>(nb::bool_(range))) {  // the ends first: a range may be longer than any length
+        one_id(nb::object(range[nb::int_(0)]).ptr());
+        one_id(nb::object(range[nb::int_(-1)]).ptr());
     }
+    const std::size_t n = nb::len(range);
     const auto start = n == 0 ? 0 : nb::cast<long long>(range.attr("start"));
     const auto step = n < 2 ? 1 : nb::cast<long long>(range.attr("step"));
     auto ids = std::make_shared<memory::Ids>(n);
