@@ -11,16 +11,17 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Generator, Iterable
-from typing import Any, Generic, Literal, NamedTuple, TypeVar
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypeVar
 
 from kvtransport import _native
 from kvtransport.completion import LoopBridges
 from kvtransport.errors import BackendUnavailable, LocalProtocolError, WaitTimeout
 from kvtransport.memory.pool import BlockPool
 from kvtransport.types import LayerName, TransferResult, TransferState
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 Outcome = TypeVar("Outcome")
 
@@ -168,7 +169,9 @@ class LayerGate:
             raise ValueError(f"num_layers is {num_layers}, not a positive number")
         self.native = _native.Gate(num_layers)
         self.num_layers = num_layers
-        self.word: npt.NDArray[np.uint64] = np.asarray(_Word(self.native))
+        import numpy  # here, so that `import kvtransport` alone doesn't pay for it
+
+        self.word: npt.NDArray[np.uint64] = numpy.asarray(_Word(self.native))
 
     def mark_ready(self, layer: int, stream: object = None) -> None:
         """Release one layer: its blocks hold what shall be sent. Any order; again is harmless."""
