@@ -69,7 +69,13 @@ class Actor:
     def do_close(self) -> None:
         for gate in self.gates.values():
             gate.fail("the check is over")
-        self.endpoint.close()
+        if hasattr(self, "endpoint"):
+            self.endpoint.close()
+        for name in (
+            "endpoint",
+            "connection",
+        ):  # a closed endpoint keeps a few descriptors until it is dropped
+            vars(self).pop(name, None)
         for named in (self.memory, self.pools, self.gates, self.handles):
             named.clear()
 

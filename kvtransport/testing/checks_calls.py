@@ -230,6 +230,7 @@ async def _await(rig: Rig) -> None:
     here.gate("g", LAYERS)
     here.send("t", "of", THERE, gate="g")
     peer.recv("t", "to", HERE)
+    here.matched("t")
     tasks = [asyncio.ensure_future(_of(here, "t")) for _ in range(2)]
     await asyncio.sleep(0)
     tasks[0].cancel()
@@ -247,7 +248,7 @@ async def _of(side: Any, handle: str) -> Any:
 def nothing_is_left_behind(harness: Harness) -> None:
     """Descriptors, threads, pools and arrays: as many after endpoints have come and gone, with whatever end."""
     before: dict[str, dict[str, int]] = {}
-    for _ in range(3):
+    for _ in range(5):
         with harness.rig() as rig:
             _use(rig)
             dropped = weakref.ref(rig.here.actor.memory["of"][0])
@@ -263,7 +264,12 @@ def nothing_is_left_behind(harness: Harness) -> None:
             if isinstance(side, ProcessSide) and not side.alive:
                 raise AssertionError("the peer's process has ended")
             counts = side.call("counts")
-            same(before.setdefault(side.name, counts), counts, f"{side.name}: descriptors and threads")
+            first = before.setdefault(side.name, counts)
+            # One more is the thread's own eventfd, made when it first has to sleep.
+            true(
+                counts["descriptors"] <= first["descriptors"] + 1 and counts["threads"] <= first["threads"],
+                f"{side.name}: it has {counts}, after the first round it had {first}",
+            )
 
 
 def _use(rig: Rig) -> None:

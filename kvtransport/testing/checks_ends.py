@@ -75,6 +75,7 @@ def _cancel(rig: Rig, opened: int) -> None:
         for by in (source, destination):
             other = destination if by is source else source
             gated(source, destination)
+            source.matched("t")
             for layer in range(opened):
                 source.mark("g", layer)
                 destination.wait_layer("t", layer)
@@ -114,6 +115,7 @@ def cancel_in_the_stream(harness: Harness) -> None:
                 destination.pool("to", to)
                 destination.recv("t", "to", range(64))
                 source.send("t", "of", range(64))
+                source.matched("t")
                 by = destination if n % 2 else source
                 while n > 3 and not destination.progress("t")[0] and not destination.done("t"):
                     pass

@@ -13,6 +13,7 @@ import select
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -68,6 +69,13 @@ class Side:
     def state(self, handle: str) -> str:
         """Transfer.state."""
         return str(self.call("state", handle=handle))
+
+    def matched(self, handle: str) -> None:
+        """Wait until it has a partner: until then, its end is nothing to the other side."""
+        deadline = time.monotonic() + LIMIT_S
+        while self.state(handle) == "posted":
+            if time.monotonic() > deadline:
+                raise AssertionError(f"{self.name}: {handle} has no partner after {LIMIT_S} s")
 
     def done(self, handle: str) -> bool:
         """Handle.done()."""
