@@ -53,6 +53,7 @@ class Connection:
         self._error: KVTransportError | None = None
         self._opened = threading.Event()
         self._session = session or endpoint.engine.new_session(os.urandom(16))
+        self._session.set_peer(str(peer))
         if session is not None:
             self._opened.set()
 
@@ -252,6 +253,7 @@ class Connection:
             self.peer = peer or self.peer
             self._backend_name = backend_name or self._backend_name
             self._opened.set()
+        session.set_peer(str(self.peer))
         session.adopt(before)
 
     def _lost(self, cause: str, detail: str) -> None:

@@ -12,7 +12,8 @@ from __future__ import annotations
 import socket
 from typing import TYPE_CHECKING
 
-from kvtransport.config import Config, default_chunk_nbytes
+from kvtransport.config import Config
+from kvtransport.protocol import messages
 from kvtransport.protocol.agreement import Terms
 
 if TYPE_CHECKING:
@@ -30,7 +31,8 @@ def open_session(
         peer_incarnation=terms.peer.incarnation,
         protection=terms.protection,
         lanes=terms.lanes,
-        chunk_nbytes=min(terms.chunk_nbytes, default_chunk_nbytes(terms.protection)),
+        # 0: the native formula, by the size of each transfer. Else what one of the sides has set.
+        chunk_nbytes=terms.chunk_nbytes if terms.chunk_nbytes < messages.CHUNK_MAX_NBYTES else 0,
         peer_pid=peer_pid,
         peer_caps=terms.capabilities,
         backend=backend,

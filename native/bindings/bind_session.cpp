@@ -18,8 +18,15 @@ void attach_tcp(PySession& session, int control_fd, const std::string& session_i
 
 namespace {
 
-protocol::Time duration(double seconds) {
-    return seconds < 0 || seconds > 1e9 ? protocol::kNever : static_cast<protocol::Time>(seconds * 1e9);
+// A limit of a transfer, in seconds; negative means none where `may_be_none`.
+protocol::Time duration(const char* name, double seconds, bool may_be_none) {
+    if (seconds < 0 && may_be_none) {
+        return protocol::kNever;
+    }
+    if (!(seconds >= 0)) {
+        throw nb::value_error((std::string(name) + " is not a number of seconds").c_str());
+    }
+    return seconds > 1e9 ? protocol::kNever : static_cast<protocol::Time>(seconds * 1e9);
 }
 
 struct Timeouts {
@@ -47,7 +54,9 @@ PyTransfer post(PySession& self, protocol::Role role, PyPool& pool, nb::handle i
     if (gate != nullptr) {
         args.gate = gate->gate;
     }
-    args.limits = {duration(timeouts.match), duration(timeouts.stall), duration(timeouts.total)};
+    args.limits = {duration("match_timeout_s", timeouts.match, false),
+                   duration("stall_timeout_s", timeouts.stall, false),
+                   duration("timeout_s", timeouts.total, true)};
     if (queue != nullptr) {
         args.queue = queue->queue;
     }
@@ -184,7 +193,8 @@ void bind_rest(nb::class_<PySession>& session) {
                 require_alive(*self.engine);
                 bool text = false;
                 const std::string native = to_key(key, text);
-                translate([&] { self.connection->refuse(native, reason, duration(remember_s)); });
+                const auto remember = duration("remember_s", remember_s, false);
+                translate([&] { self.connection->refuse(native, reason, remember); });
             },
             nb::arg("key"), nb::arg("reason"), nb::arg("remember_s"))
         .def("post_message", &post_message, nb::arg("data"), nb::arg("after").none(), nb::arg("queue").none(),
@@ -204,6 +214,10 @@ void bind_rest(nb::class_<PySession>& session) {
                 });
             },
             nb::arg("cause"))
+        .def(
+            "set_peer",
+            [](PySession& self, std::string label) { self.connection->set_label(std::move(label)); },
+            nb::arg("label"))
         .def("state",
              [](const PySession& self) {
                  return self.connection->is_lost()   ? "lost"

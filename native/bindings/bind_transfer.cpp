@@ -34,8 +34,9 @@ nb::object result_of(const PyTransfer& self) {
         return nb::none();
     }
     const engine::Result& r = self.transfer->result;
+    const std::uint64_t runs = self.transfer->merged_runs();
     const auto seconds = [](std::int64_t ns) { return static_cast<double>(ns) / 1e9; };
-    return nb::make_tuple(r.nbytes, seconds(r.seconds_ns), r.backend, r.blocks, r.runs, r.chunks,
+    return nb::make_tuple(r.nbytes, seconds(r.seconds_ns), r.backend, r.blocks, runs, r.chunks,
                           r.resumed_nbytes, seconds(r.wire_ns), seconds(r.queued_ns),
                           nb::bytes(r.meta.data(), r.meta.size()));
 }

@@ -11,6 +11,27 @@ using protocol::Cause;
 
 namespace {
 
+// What a peer or a user named, for a message: control characters and what isn't UTF-8 come out as \\xNN.
+std::string shown(const std::string& raw) {
+    constexpr const char* kHex = "0123456789abcdef";
+    std::string text;
+    PyObject* const valid = PyUnicode_DecodeUTF8(raw.data(), static_cast<Py_ssize_t>(raw.size()), nullptr);
+    const bool utf8 = valid != nullptr;
+    Py_XDECREF(valid);
+    PyErr_Clear();
+    for (const char c : raw) {
+        const auto byte = static_cast<unsigned char>(c);
+        if (byte < 0x20 || byte == 0x7f || (byte >= 0x80 && !utf8)) {
+            text += "\\x";
+            text += kHex[byte >> 4];
+            text += kHex[byte & 15];
+        } else {
+            text += c;
+        }
+    }
+    return text;
+}
+
 nb::object key_object(const engine::TransferHandle& handle) {
     if (handle.key_is_text) {
         return nb::str(handle.key.data(), handle.key.size());
@@ -19,7 +40,7 @@ nb::object key_object(const engine::TransferHandle& handle) {
 }
 
 std::string shown_key(const engine::TransferHandle& handle) {
-    return (handle.role == protocol::Role::source ? "send '" : "receive '") + handle.key + "'";
+    return (handle.role == protocol::Role::source ? "send '" : "receive '") + shown(handle.key) + "'";
 }
 
 // The reason of a loss starts with its cause: "reset: ...", "heartbeat: ...".
@@ -82,13 +103,13 @@ std::string timeout_text(const engine::TransferHandle& handle) {
 }
 
 std::string mismatch_text(const protocol::Mismatch& mismatch) {
-    return mismatch.path + ": theirs " + mismatch.theirs + ", ours " + mismatch.ours;
+    return shown(mismatch.path) + ": theirs " + shown(mismatch.theirs) + ", ours " + shown(mismatch.ours);
 }
 
 Shape shape_of(const engine::TransferHandle& handle) {
     const engine::Result& result = handle.result;
     const std::string who = shown_key(handle) + ": ";
-    const std::string& reason = result.outcome.reason;
+    const std::string reason = shown(result.outcome.reason);
     switch (result.outcome.cause) {
         case Cause::cancelled:
             return {"TransferCancelled", who + (reason.empty() ? "cancelled here" : reason), true};
@@ -130,11 +151,11 @@ void add_class_attributes(nb::dict& attributes, const engine::Result& result) {
         case Cause::timeout_gate:
         case Cause::timeout_bytes:
         case Cause::timeout_total: attributes["waiting_for"] = waiting_for(outcome.cause); break;
-        case Cause::peer_aborted: attributes["reason"] = outcome.reason; break;
+        case Cause::peer_aborted: attributes["reason"] = shown(outcome.reason); break;
         case Cause::layout_mismatch:
-            attributes["path"] = outcome.mismatch.path;
-            attributes["ours"] = outcome.mismatch.ours;
-            attributes["theirs"] = outcome.mismatch.theirs;
+            attributes["path"] = shown(outcome.mismatch.path);
+            attributes["ours"] = shown(outcome.mismatch.ours);
+            attributes["theirs"] = shown(outcome.mismatch.theirs);
             break;
         case Cause::peer_lost: attributes["cause"] = split_reason(outcome.reason).first; break;
         default: break;
@@ -163,6 +184,7 @@ nb::object error_of(const engine::TransferHandle& handle) {
     attributes["quiesced"] = true;
     attributes["retryable"] = shape.retryable;
     attributes["backend"] = result.backend;
+    attributes["peer"] = handle.connection()->label();
     if (handle.role == protocol::Role::source) {
         attributes["delivered"] = result.outcome.delivered == protocol::Delivered::unknown
                                       ? nb::none()

@@ -94,13 +94,9 @@ bool Waiter::wait(std::int64_t until) noexcept {
 Queue::Queue() : event_(make_eventfd()) {}
 
 void Queue::signal(std::uint64_t tag) noexcept {
-    bool first = false;
-    {
-        const std::lock_guard lock(mutex_);
-        first = tags_.empty();
-        tags_.push_back(tag);
-    }
-    if (first) {
+    const std::lock_guard lock(mutex_);  // also around the write: else poll() could take the tag before it
+    tags_.push_back(tag);
+    if (tags_.size() == 1) {
         const std::uint64_t one = 1;
         [[maybe_unused]] const auto n = ::write(event_.get(), &one, sizeof one);
     }

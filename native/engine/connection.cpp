@@ -13,6 +13,13 @@ namespace kvt::engine {
 using protocol::Cause;
 using protocol::Time;
 
+namespace {
+
+// Between the end of a lane and that of its connection, for the peer's last words on control.
+constexpr Time kLaneGraceNs = 25'000'000;
+
+}  // namespace
+
 Connection::Connection(Engine& engine, std::string session_id)
     : engine_(engine),
       session_id_(std::move(session_id)),
@@ -105,6 +112,9 @@ std::shared_ptr<TransferHandle> Connection::post(PostArgs args) {
     }
     if (args.gate) {
         args.gate->attach(shared_from_this());
+        if (args.gate->failed()) {
+            fail_gates();
+        }
     }
     settle(handle->role == protocol::Role::source ? handle->nbytes : 0);
     return handle;
@@ -191,6 +201,9 @@ void Connection::adopt(const std::shared_ptr<Connection>& other) {
         for (auto& message : other->session_.give_up_messages()) {
             session_.post_message(std::move(message), now);
         }
+        dependents_.insert(dependents_.end(), std::make_move_iterator(other->dependents_.begin()),
+                           std::make_move_iterator(other->dependents_.end()));
+        other->dependents_.clear();
         other->session_.lost(Cause::connection_closed, "another connection to this peer has taken its place",
                              now);
         other->lost_.store(true);
@@ -462,10 +475,20 @@ void Connection::close(Cause cause, const std::string& reason, bool tell) {
 }
 
 void Connection::lane_broke(const std::string& reason) {
+    // A peer that closes says so on control, after the last DONE; another thread may be about to read that.
+    // Control that ends, too, decides at once; a lane that broke alone does when the grace is over.
+    const Time until = monotonic_ns() + kLaneGraceNs;
+    {
+        const std::lock_guard lock(mutex_);
+        if (lane_broken_until_ == protocol::kNever) {
+            lane_broken_until_ = until;
+            lane_broken_reason_ = reason;
+        }
+    }
     if (const auto way = path()) {
         way->read_last_words();
     }
-    close(Cause::peer_lost, reason, false);
+    engine_.need_by(until, nullptr);
 }
 
 Cause Connection::lost_cause() const {
@@ -492,6 +515,9 @@ Time Connection::on_tick(Time now, bool heartbeat, bool resumed) {
               false);
         return protocol::kNever;
     }
+    if (lane_grace_over(now)) {
+        return protocol::kNever;
+    }
     bool output = false;
     {
         const std::lock_guard lock(mutex_);
@@ -508,7 +534,28 @@ Time Connection::on_tick(Time now, bool heartbeat, bool resumed) {
         settle();
     }
     const std::lock_guard lock(mutex_);
-    return session_.next_deadline();
+    return std::min(session_.next_deadline(), lane_broken_until_);
+}
+
+bool Connection::lane_grace_over(Time now) {
+    std::string reason;
+    {
+        const std::lock_guard lock(mutex_);
+        if (now < lane_broken_until_) {
+            return false;
+        }
+        reason = lane_broken_reason_;
+    }
+    close(Cause::peer_lost, reason, false);
+    return true;
+}
+
+void Connection::fail_gates() {
+    {
+        const std::lock_guard lock(mutex_);
+        session_.fail_gates(monotonic_ns());
+    }
+    settle();
 }
 
 bool Connection::poll_gates() {

@@ -76,6 +76,8 @@ class Connection final : public backends::PathHost, public std::enable_shared_fr
     // The reactor's: deadlines, heartbeats, gates.
     protocol::Time on_tick(protocol::Time now, bool heartbeat, bool resumed);
     bool poll_gates();
+    /// A gate has failed: ends what waits for it, matched or not.
+    void fail_gates();
 
     // PathHost
     void settle() override { settle(0); }
@@ -107,6 +109,15 @@ class Connection final : public backends::PathHost, public std::enable_shared_fr
     Engine& engine() noexcept { return engine_; }
     std::shared_ptr<backends::Path> path() const;
     std::string backend() const;
+    /// Who the peer is, for errors.
+    void set_label(std::string label) {
+        const std::lock_guard lock(mutex_);
+        label_ = std::move(label);
+    }
+    std::string label() const {
+        const std::lock_guard lock(mutex_);
+        return label_;
+    }
     bool is_open() const noexcept { return open_.load(std::memory_order_acquire); }
     protocol::Cause lost_cause() const;
     std::string lost_reason() const;
@@ -131,6 +142,7 @@ class Connection final : public backends::PathHost, public std::enable_shared_fr
     void settle(std::uint64_t small_nbytes);
     bool settle_once(std::uint64_t small_nbytes);
     void put_inline();
+    bool lane_grace_over(protocol::Time now);
     void complete(const protocol::TransferPtr& transfer);
     void complete(const protocol::MessagePtr& message);
     void claim(const std::shared_ptr<TransferHandle>& handle);
@@ -146,10 +158,12 @@ class Connection final : public backends::PathHost, public std::enable_shared_fr
     protocol::Session session_;
     protocol::DigestKind digest_ = protocol::DigestKind::none;
     std::shared_ptr<backends::Path> path_;  // null before open() and after close()
-    std::string backend_ = "none";
+    std::string backend_ = "none", label_;
     std::atomic<bool> open_{false}, lost_{false};
     std::atomic<protocol::Time> heard_at_, spoke_at_;
     protocol::Time dead_after_;
+    protocol::Time lane_broken_until_ = protocol::kNever;
+    std::string lane_broken_reason_;
     protocol::Cause lost_cause_ = protocol::Cause::ok;
     std::string lost_reason_;
     bool ending_ = false;  // a close has begun; `lost_` follows once its goodbye is on its way

@@ -196,7 +196,11 @@ void LayerGate::kick() {
     }
     for (const auto& weak : known) {
         if (const auto connection = weak.lock()) {
-            connection->poll_gates();
+            if (failed()) {
+                connection->fail_gates();
+            } else {
+                connection->poll_gates();
+            }
         }
     }
 }

@@ -26,9 +26,18 @@ TransferHandle::~TransferHandle() = default;
 
 std::uint64_t TransferHandle::runs(std::uint64_t begin, std::uint64_t end, iovec* out, std::size_t most,
                                    std::size_t& count) const {
-    const std::uint64_t reached = plan_->runs(begin, end, out, most, count);
-    runs_.fetch_add(count, std::memory_order_relaxed);
-    return reached;
+    return plan_->runs(begin, end, out, most, count);
+}
+
+std::uint64_t TransferHandle::merged_runs() const {
+    std::uint64_t total = 0, at = 0;
+    while (at < nbytes) {
+        iovec out[64];
+        std::size_t count = 0;
+        at = plan_->runs(at, nbytes, out, std::size(out), count);
+        total += count;
+    }
+    return total;
 }
 
 void TransferHandle::reorder(const std::vector<std::uint32_t>& positions) {
@@ -46,7 +55,6 @@ void TransferHandle::snapshot(const std::string& backend) {
     const bool ok = outcome.cause == protocol::Cause::ok;
     result.nbytes = ok ? nbytes : verified.nbytes();
     result.blocks = plan_->blocks();
-    result.runs = runs_.load(std::memory_order_relaxed);
     result.chunks = chunks;
     result.seconds_ns = over_at - posted_at;
     result.queued_ns = (first_byte_at != 0 ? first_byte_at : over_at) - posted_at;

@@ -22,7 +22,7 @@ class Connection;
 
 struct Result {
     protocol::Outcome outcome;
-    std::uint64_t nbytes = 0, blocks = 0, runs = 0, chunks = 0, resumed_nbytes = 0;
+    std::uint64_t nbytes = 0, blocks = 0, chunks = 0, resumed_nbytes = 0;
     std::int64_t seconds_ns = 0, wire_ns = 0, queued_ns = 0;
     std::string meta, backend;
     std::vector<memory::BlockOutcome> block_outcomes;  // destinations that failed
@@ -38,6 +38,8 @@ class TransferHandle final : public protocol::Transfer, public Handle {
     std::uint64_t runs(std::uint64_t begin, std::uint64_t end, iovec* out, std::size_t most,
                        std::size_t& count) const override;
     void reorder(const std::vector<std::uint32_t>& positions) override;
+    /// Contiguous runs of memory that the whole stream is; walks them all.
+    std::uint64_t merged_runs() const;
 
     std::shared_ptr<Connection> connection() const {
         const std::lock_guard lock(connection_mutex_);
@@ -67,7 +69,6 @@ class TransferHandle final : public protocol::Transfer, public Handle {
     std::shared_ptr<Connection> connection_;
     std::shared_ptr<Pool> block_pool_;
     std::shared_ptr<const memory::StreamPlan> plan_;
-    mutable std::atomic<std::uint64_t> runs_{0};
 };
 
 class MessageHandle final : public protocol::Message, public Handle {

@@ -9,6 +9,17 @@ namespace {
 // Ended destinations that wait for the source's last word; beyond, new posts wait here.
 constexpr std::size_t kTombstonesPerUnmatched = 4;
 
+// What the peer is told where the user gave no reason.
+const char* reason_for(Cause cause) noexcept {
+    switch (cause) {
+        case Cause::timeout_match: return "its match_timeout_s is over";
+        case Cause::timeout_gate: return "its match_timeout_s is over, with the layer gate shut";
+        case Cause::timeout_bytes: return "its stall_timeout_s is over";
+        case Cause::timeout_total: return "its timeout_s is over";
+        default: return "";
+    }
+}
+
 AbortCode code_for(const Transfer& transfer) noexcept {
     switch (transfer.outcome.cause) {
         case Cause::timeout_match:
@@ -75,7 +86,9 @@ void Session::send_abort(const Transfer& transfer) {
         header.flags |= kOfferId;
         header.transfer = transfer.id;
     }
-    send(header, encode_abort({code_for(transfer), transfer.outcome.reason, transfer.outcome.mismatch}));
+    const std::string& reason = transfer.outcome.reason;
+    send(header, encode_abort({code_for(transfer), reason.empty() ? reason_for(transfer.outcome.cause) : reason,
+                               transfer.outcome.mismatch}));
 }
 
 // ---- posting and telling

@@ -131,6 +131,7 @@ class Session {
     void on_time(Time now);
     Time next_deadline() const noexcept { return next_deadline_; }
     void resumed(Time now);     // our own process stood still: stall clocks start anew
+    void fail_gates(Time now);               // ends every source whose gate has failed, matched or not
     bool poll_gates(Time now);  // true while a gated transfer waits
     bool gates_wait() const noexcept { return !gated_.empty(); }
     /// Memory backends in one process: the destination's mover holds the source's record while it copies;

@@ -204,6 +204,18 @@ void Session::set_gate(const TransferPtr& transfer, bool shut, Time now) {
     watch(*transfer);
 }
 
+void Session::fail_gates(Time now) {
+    std::vector<TransferPtr> failed;
+    for (const auto& [key, transfer] : source_keys_) {
+        if (transfer->gate != nullptr && transfer->gate->failed() && !transfer->all_taken()) {
+            failed.push_back(transfer);
+        }
+    }
+    for (const TransferPtr& transfer : failed) {
+        stop(transfer, {Cause::cancelled, Delivered::no, transfer->gate->reason(), {}}, now);
+    }
+}
+
 bool Session::poll_gates(Time now) {
     const std::vector<TransferPtr> waiting(gated_.begin(), gated_.end());
     for (const TransferPtr& transfer : waiting) {
