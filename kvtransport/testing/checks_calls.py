@@ -163,7 +163,8 @@ def messages_after_a_transfer(harness: Harness) -> None:
             true(not source.done("m"), "the message is done before its transfer")
             source.call("word", name="g", value=LAYERS)
             same(destination.messages(1), [b"after"], "messages")
-            true(destination.done("t"), "the message came before the blocks")
+            destination.holds("to", TO.after(OF, HERE, THERE))  # the blocks were there before it
+            destination.result("t")
             same(source.error("m"), None, "error")
             source.message("late", b"late", after="t")
             same(destination.messages(1), [b"late"], "messages")
