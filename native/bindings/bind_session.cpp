@@ -213,7 +213,11 @@ void bind_rest(nb::class_<PySession>& session) {
                     }
                 });
             },
-            nb::arg("cause"))
+            nb::arg("cause"));
+}
+
+void bind_views(nb::class_<PySession>& session) {
+    session
         .def(
             "set_peer",
             [](PySession& self, std::string label) { self.connection->set_label(std::move(label)); },
@@ -241,6 +245,7 @@ void bind_session(nb::module_& m) {
     bind_lanes(session);
     bind_posts(session);
     bind_rest(session);
+    bind_views(session);
 }
 
 }  // namespace kvt::bindings

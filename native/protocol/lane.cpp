@@ -113,21 +113,24 @@ std::size_t LaneWriter::payload(iovec* out, std::size_t most, std::size_t most_n
         reached = job_->transfer->runs(begin, end, out, most, count);
     }
     if (digest_kind_ == DigestKind::crc32c) {
-        // What a short write left over was digested before: only the bytes beyond are new.
-        std::uint64_t offset = at;
-        for (std::size_t i = 0; i < count; ++i) {
-            const std::uint64_t run_end = offset + out[i].iov_len;
-            if (run_end > digested_) {
-                const std::size_t skip = static_cast<std::size_t>(digested_ > offset ? digested_ - offset
-                                                                                     : 0);
-                digest_ = crc32c(digest_, static_cast<const std::byte*>(out[i].iov_base) + skip,
-                                 out[i].iov_len - skip);
-                digested_ = run_end;
-            }
-            offset = run_end;
-        }
+        digest(out, count, at);
     }
     return count;
+}
+
+// Of runs that begin at `offset` of the body. What a short write left over was digested before: only what
+// lies beyond is new.
+void LaneWriter::digest(const iovec* runs, std::size_t count, std::uint64_t offset) {
+    for (std::size_t i = 0; i < count; ++i) {
+        const std::uint64_t run_end = offset + runs[i].iov_len;
+        if (run_end > digested_) {
+            const auto skip = static_cast<std::size_t>(digested_ > offset ? digested_ - offset : 0);
+            digest_ = crc32c(digest_, static_cast<const std::byte*>(runs[i].iov_base) + skip,
+                             runs[i].iov_len - skip);
+            digested_ = run_end;
+        }
+        offset = run_end;
+    }
 }
 
 bool LaneWriter::wrote(std::size_t n) {

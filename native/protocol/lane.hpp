@@ -57,6 +57,7 @@ class LaneWriter {
 
   private:
     std::size_t payload(iovec* out, std::size_t most, std::size_t most_nbytes, const Staging& staging);
+    void digest(const iovec* runs, std::size_t count, std::uint64_t offset);
     std::uint64_t body_nbytes() const noexcept { return job_->header.body_nbytes; }
 
     LaneHost& host_;

@@ -223,6 +223,7 @@ class Session {
     Time deadline_of(const Transfer& transfer, Cause& cause) const noexcept;
     void leave_without_verdict(const TransferPtr& transfer, Time now);
     bool may_be_sealed(const Transfer& source) const noexcept;
+    void drop_everything_kept();
     void lose_transfer(const TransferPtr& transfer, Cause cause, const std::string& reason, Time now);
 
     // session_peer.cpp: what the peer says that isn't one role's, and what is kept of it

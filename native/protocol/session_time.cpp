@@ -145,6 +145,11 @@ void Session::lost(Cause cause, const std::string& reason, Time now) {
         }
         queue->clear();
     }
+    drop_everything_kept();
+}
+
+// Nothing of a lost session is matched or sent any more.
+void Session::drop_everything_kept() {
     outbox_.clear();
     untold_.clear();
     for (auto* queue : {&short_, &long_, &inline_, &copies_}) {
