@@ -47,7 +47,7 @@ class Pair:
     def __init__(self, backend: str, case: Case, config: Mapping[str, Any], open_now: bool = True) -> None:
         self.backend = backend
         self.config = config_of(backend, config)
-        self._folder = tempfile.TemporaryDirectory(prefix="kvt-bench-")
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
         self.src = WorkerProcess(f"{backend} src", sys.executable, "bench.worker")
         try:
             self.dst = WorkerProcess(f"{backend} dst", sys.executable, "bench.worker")
@@ -78,7 +78,10 @@ class Pair:
         return explain
 
     def listen(self) -> str:
-        where = f"unix:{Path(self._folder.name) / 'socket'}" if self.backend == "unix" else "127.0.0.1:0"
+        where = "127.0.0.1:0"
+        if self.backend == "unix":
+            self._folder = tempfile.TemporaryDirectory(prefix="kvt-bench-")
+            where = f"unix:{Path(self._folder.name) / 'socket'}"
         address: str = self.dst.call("listen", where=where)["address"]
         return address
 
@@ -109,7 +112,8 @@ class Pair:
     def close(self) -> None:
         for worker in (self.src, self.dst):
             worker.close()
-        self._folder.cleanup()
+        if self._folder is not None:
+            self._folder.cleanup()
 
 
 class Ours:
