@@ -285,6 +285,10 @@ Connection::Output Connection::take_output() {
 // True when what was done may have changed the session again.
 bool Connection::settle_once(std::uint64_t small_nbytes) {
     Output output = take_output();
+    // Done here before the peer can hear of it: what it sends then finds the handle done.
+    for (const auto& transfer : output.finished) {
+        complete(transfer);
+    }
     if (output.path && output.control) {
         output.path->flush_control();
     }
@@ -294,9 +298,6 @@ bool Connection::settle_once(std::uint64_t small_nbytes) {
         }
         const std::lock_guard lock(mutex_);
         session_.quiesced(transfer, monotonic_ns());
-    }
-    for (const auto& transfer : output.finished) {
-        complete(transfer);
     }
     for (const auto& message : output.messages) {
         complete(message);
