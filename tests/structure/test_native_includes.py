@@ -66,7 +66,9 @@ def test_each_folder_includes_only_what_it_may() -> None:
 
 
 def test_our_headers_are_named_from_native() -> None:
-    """`#include "plan.hpp"` or `"../memory/plan.hpp"` would slip through the test above."""
+    """`#include "plan.hpp"` or `"../memory/plan.hpp"` would slip through the test above. Tests and fuzzers may name
+    what lies beside them.
+    """
     wrong = [
         f'{tree.name(path)} includes "{target}": no such file below native/'
         for path in sources()
