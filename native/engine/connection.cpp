@@ -285,12 +285,20 @@ Connection::Output Connection::take_output() {
 // True when what was done may have changed the session again.
 bool Connection::settle_once(std::uint64_t small_nbytes) {
     Output output = take_output();
-    // Done here before the peer can hear of it: what it sends then finds the handle done.
+    // A success is done here before the peer can hear of it: what it sends then finds the handle done. A
+    // failure after: what this side posts then comes behind the word that ends the old.
     for (const auto& transfer : output.finished) {
-        complete(transfer);
+        if (transfer->outcome.cause == Cause::ok) {
+            complete(transfer);
+        }
     }
     if (output.path && output.control) {
         output.path->flush_control();
+    }
+    for (const auto& transfer : output.finished) {
+        if (transfer->outcome.cause != Cause::ok) {
+            complete(transfer);
+        }
     }
     for (const auto& transfer : output.quiescing) {
         if (output.path) {
