@@ -1,5 +1,6 @@
 #include "backends/tcp.hpp"
 
+#include <arpa/inet.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <sys/socket.h>
@@ -13,10 +14,29 @@ namespace {
 // A transfer of one chunk is written by the thread that posts it: no wake-up before the first byte.
 constexpr std::uint64_t kWriteHereNbytes = 256u << 10;
 
+bool on_loopback(int fd) {
+    sockaddr_storage peer{};
+    socklen_t length = sizeof peer;
+    if (::getpeername(fd, reinterpret_cast<sockaddr*>(&peer), &length) != 0) {
+        return false;
+    }
+    if (peer.ss_family == AF_INET) {
+        const auto& v4 = reinterpret_cast<const sockaddr_in&>(peer);
+        return (ntohl(v4.sin_addr.s_addr) >> 24) == 127;
+    }
+    return peer.ss_family == AF_INET6 &&
+           IN6_IS_ADDR_LOOPBACK(&reinterpret_cast<const sockaddr_in6&>(peer).sin6_addr) != 0;
+}
+
 void tune(int fd, int buffer_nbytes) {
     const int one = 1;
-    ::setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one,
-                 sizeof one);  // fails on unix sockets, which have no such delay
+    // Fails on unix sockets, which have no such delay.
+    ::setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
+    if (on_loopback(fd)) {
+        // Where BBR is the system's choice it paces even loopback: 0.27 to 0.70 of the raw limit, and CPU per
+        // GB from 1.75 to 1.08 of it. Any user may choose reno; between hosts the system's choice stands.
+        ::setsockopt(fd, IPPROTO_TCP, TCP_CONGESTION, "reno", 4);
+    }
     if (buffer_nbytes > 0) {
         ::setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &buffer_nbytes, sizeof buffer_nbytes);
         ::setsockopt(fd, SOL_SOCKET, SO_RCVBUF, &buffer_nbytes, sizeof buffer_nbytes);
