@@ -117,7 +117,7 @@ class Config:
     chunk_nbytes: int | None = _field("int", None, 64, MAX_CHUNK_NBYTES)
     movers: int | None = _field("int", None, 1, 64)
     cpus: tuple[int, ...] | None = _field("cpus", None)
-    socket_buffer_nbytes: int | None = _field("int", None, 4 * KIB, 1024 * MIB)
+    socket_buffer_nbytes: int | None = _field("int", None, 16 * KIB, 1024 * MIB)
     failover: bool = _field("bool", True)
     reconnect: bool = _field("bool", True)
     dead_after_s: float = _field("float", 2.0, 0.5, 3600)
