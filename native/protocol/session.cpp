@@ -87,8 +87,9 @@ void Session::send_abort(const Transfer& transfer) {
         header.transfer = transfer.id;
     }
     const std::string& reason = transfer.outcome.reason;
-    send(header, encode_abort({code_for(transfer), reason.empty() ? reason_for(transfer.outcome.cause) : reason,
-                               transfer.outcome.mismatch}));
+    send(header,
+         encode_abort({code_for(transfer), reason.empty() ? reason_for(transfer.outcome.cause) : reason,
+                       transfer.outcome.mismatch}));
 }
 
 // ---- posting and telling
@@ -126,9 +127,11 @@ void Session::enter(const TransferPtr& transfer, Time now) {
             match_source(transfer, std::move(*want), now);
             return;
         }
-    } else if (auto offer = take_offer(transfer->key)) {
-        match_destination(transfer, std::move(*offer), now);
-        return;
+    } else if (room_to_answer()) {  // else the offer waits until this one is told: it may end before
+        if (auto offer = take_offer(transfer->key)) {
+            match_destination(transfer, std::move(*offer), now);
+            return;
+        }
     }
     tell_or_queue(transfer);
 }
@@ -212,7 +215,7 @@ void Session::tell(const TransferPtr& transfer) {
     send(header, encode_want({transfer->key, transfer->meta, transfer->terms, std::move(ranges)}));
 }
 
-void Session::pump(Time) {
+void Session::pump(Time now) {
     while (!untold_.empty()) {
         const TransferPtr next = untold_.front();
         if (next->told || next->state != State::posted) {
@@ -223,6 +226,10 @@ void Session::pump(Time) {
             break;
         }
         untold_.pop_front();
+        if (auto offer = next->role == Role::destination ? take_offer(next->key) : std::nullopt) {
+            match_destination(next, std::move(*offer), now);
+            continue;
+        }
         count_outstanding(*next, true);
         tell(next);
     }
@@ -296,7 +303,9 @@ void Session::act(const TransferPtr& transfer, Action action, Time now) {
     switch (action) {
         case Action::quiesce:
             transfer->pending.clear();
-            gated_.erase(transfer);
+            if (transfer->role == Role::source) {
+                gated_.erase(transfer->want);
+            }
             quiescing_.push_back(transfer);
             break;
         case Action::finish_ok:
@@ -402,7 +411,6 @@ void Session::finish(const TransferPtr& transfer, Time now) {
 // its partner.
 void Session::forget(const TransferPtr& transfer) {
     count_outstanding(*transfer, false);
-    gated_.erase(transfer);
     auto& keys = transfer->role == Role::source ? source_keys_ : destination_keys_;
     if (const auto mine = keys.find(transfer->key); mine != keys.end() && mine->second == transfer) {
         keys.erase(mine);
@@ -410,6 +418,7 @@ void Session::forget(const TransferPtr& transfer) {
     if (transfer->role == Role::source) {
         offers_.erase(transfer->id);
         matched_.erase(transfer->want);
+        gated_.erase(transfer->want);
         return;
     }
     if (transfer->state != State::over) {

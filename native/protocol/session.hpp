@@ -26,6 +26,7 @@
 #include <cstdint>
 #include <deque>
 #include <iterator>
+#include <map>
 #include <optional>
 #include <set>
 #include <string>
@@ -87,6 +88,9 @@ struct SessionConfig {
 /// by 100 ms in all.
 inline constexpr Time kVerdictGrace = 80'000'000;
 
+/// What a peer gets to show itself after our own pause, where only a wait's start is known.
+inline constexpr Time kPauseGrace = 50'000'000;
+
 /// What a message counts against the windows: an empty one takes room too.
 inline constexpr std::uint64_t message_charge(std::uint64_t nbytes) noexcept { return nbytes + 64; }
 
@@ -131,7 +135,7 @@ class Session {
     void on_time(Time now);
     Time next_deadline() const noexcept { return next_deadline_; }
     void resumed(Time now);     // our own process stood still: stall clocks start anew
-    void fail_gates(Time now);               // ends every source whose gate has failed, matched or not
+    void fail_gates(Time now);  // ends every source whose gate has failed, matched or not
     bool poll_gates(Time now);  // true while a gated transfer waits
     bool gates_wait() const noexcept { return !gated_.empty(); }
     /// Memory backends in one process: the destination's mover holds the source's record while it copies;
@@ -200,6 +204,9 @@ class Session {
     // session.cpp: posting, telling, the machines
     void enter(const TransferPtr& transfer, Time now);
     bool room_to_tell() const noexcept;
+    bool room_to_answer() const noexcept {
+        return config_.memory_backend || outstanding_ < 2 * config_.unmatched;
+    }
     void tell(const TransferPtr& transfer);
     void tell_or_queue(const TransferPtr& transfer);
     void count_outstanding(Transfer& transfer, bool counts) noexcept;
@@ -263,7 +270,6 @@ class Session {
     void on_offer(const Header& header, std::span<const std::byte> body, Time now);
     TransferPtr partner_of(const std::string& key, std::uint64_t floor) const;
     void match_destination(const TransferPtr& transfer, UnmatchedOffer offer, Time now);
-    void meet_hint(const TransferPtr& transfer);
     void meet_memory(const TransferPtr& transfer, bool gated, bool in_order, Time now);
     void start_copies(const TransferPtr& transfer);
     void note_offer(Transfer& transfer, std::uint64_t offer) const;
@@ -309,7 +315,7 @@ class Session {
     std::uint32_t outstanding_ = 0;   // told, and maybe unmatched at the peer
     std::deque<TransferPtr> untold_;  // wait for room to be told
     std::deque<TransferPtr> short_, long_, inline_, copies_;
-    std::set<TransferPtr> gated_;  // sources whose gate may hold something back
+    std::map<std::uint64_t, TransferPtr> gated_;  // sources whose gate may hold something back, by want
     unsigned short_in_a_row_ = 0;
     std::unordered_map<std::uint64_t, PeerPool> peer_pools_;
     std::size_t peer_regions_ = 0;

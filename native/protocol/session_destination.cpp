@@ -55,7 +55,8 @@ void Session::on_offer(const Header& header, std::span<const std::byte> raw, Tim
     if (stream_nbytes(theirs, body.terms) != header.total) {
         throw Violation("an OFFER's bytes aren't those of its terms");
     }
-    if (const TransferPtr mine = partner_of(body.key, header.arg)) {
+    const TransferPtr mine = partner_of(body.key, header.arg);
+    if (mine != nullptr && (mine->told || room_to_answer())) {
         match_destination(mine, {header.transfer, header.total, 0, std::move(body)}, now);
     } else if (const auto reason = take_refusal(body.key, now)) {
         refuse_offer(header.transfer, AbortCode::refused, *reason, {});
@@ -92,23 +93,11 @@ void Session::match_destination(const TransferPtr& transfer, UnmatchedOffer offe
     transfer->peer_location = std::move(offer.body.location);
     if (config_.memory_backend) {
         meet_memory(transfer, offer.body.gated, result.in_order, now);
-    } else {
-        meet_hint(transfer);
+    } else if (!transfer->told) {
+        count_outstanding(*transfer, true);  // the offer may be withdrawn: then the WANT waits like any other
+        tell(transfer);
     }
     seal_if_whole(transfer, now);
-}
-
-// An offer over a stream may be withdrawn: then the WANT waits at the source like any other, and counts.
-void Session::meet_hint(const TransferPtr& transfer) {
-    if (transfer->told) {
-        return;
-    }
-    if (outstanding_ < 2 * config_.unmatched) {
-        count_outstanding(*transfer, true);
-        tell(transfer);
-    } else {
-        untold_.push_back(transfer);
-    }
 }
 
 void Session::meet_memory(const TransferPtr& transfer, bool gated, bool in_order, Time now) {

@@ -36,6 +36,7 @@ void Session::on_want(const Header& header, std::span<const std::byte> raw, Time
                (mine->state == State::stopping || mine->state == State::verdict)) {
         mine->want = header.transfer;  // its end is being told: the verdict comes under this id
         mine->asked_nbytes = header.total;
+        mine->peer_meta = std::move(body.meta);
         mine->all_released = mine->gate == nullptr || mine->moves_nothing();
         matched_.emplace(header.transfer, mine);
     } else if (const auto reason = take_refusal(body.key, now)) {
@@ -111,7 +112,7 @@ void Session::start_source(const TransferPtr& transfer, const std::vector<Range>
     }
     if (gated) {
         transfer->released.assign(transfer->spans.size(), false);
-        gated_.insert(transfer);
+        gated_.emplace(transfer->want, transfer);
         release_layers(transfer, now);
     } else if (config_.memory_backend || transfer->moves_nothing()) {
         apply(transfer, Event::all_bytes, now);
@@ -177,7 +178,7 @@ void Session::release_layers(const TransferPtr& transfer, Time now) {
         send(header, encode_released(fresh));
     }
     if (all) {
-        gated_.erase(transfer);
+        gated_.erase(transfer->want);
         transfer->asked.clear();
         transfer->all_released = true;
     }
@@ -207,7 +208,7 @@ void Session::set_gate(const TransferPtr& transfer, bool shut, Time now) {
 void Session::fail_gates(Time now) {
     std::vector<TransferPtr> failed;
     for (const auto& [key, transfer] : source_keys_) {
-        if (transfer->gate != nullptr && transfer->gate->failed() && !transfer->all_taken()) {
+        if (transfer->gate != nullptr && transfer->gate->failed() && !transfer->all_released) {
             failed.push_back(transfer);
         }
     }
@@ -217,7 +218,10 @@ void Session::fail_gates(Time now) {
 }
 
 bool Session::poll_gates(Time now) {
-    const std::vector<TransferPtr> waiting(gated_.begin(), gated_.end());
+    std::vector<TransferPtr> waiting;
+    for (const auto& [want, transfer] : gated_) {
+        waiting.push_back(transfer);
+    }
     for (const TransferPtr& transfer : waiting) {
         release_layers(transfer, now);
     }
@@ -297,7 +301,7 @@ void Session::chunk_left(const ChunkJob& job, bool whole, bool begun, Time now) 
     if (transfer->active != 0 || !transfer->pending.empty() || transfer->state != State::moving) {
         return;
     }
-    if (gated_.contains(transfer)) {
+    if (gated_.contains(transfer->want)) {
         release_layers(transfer, now);  // nothing to send: the gate may be shut
     } else {
         apply(transfer, Event::all_bytes, now);

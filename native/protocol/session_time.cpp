@@ -87,7 +87,9 @@ void Session::resumed(Time now) {
             if (transfer->state == State::verdict) {
                 transfer->verdict_until = now + kVerdictGrace;
             }
-            transfer->moved_at = transfer->waits_since = now;
+            transfer->moved_at = now;
+            const Time grace = std::min(transfer->limits.match, kPauseGrace);
+            transfer->waits_since = std::max(transfer->waits_since, now - transfer->limits.match + grace);
         }
     }
 }
