@@ -1,0 +1,75 @@
+// What must hold, checked from outside over the history of a schedule.
+//
+// Lives here: the promises, in the words of their user: outcomes, bytes, times. Does not live here: how the
+// protocol keeps them. Invariant: of the protocol's own bookkeeping only what its user is shown is read: the
+// outcome, the verified ranges.
+#pragma once
+
+#include <deque>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "clock.hpp"
+
+namespace kvt::sim {
+
+class Checker {
+  public:
+    explicit Checker(Clock& clock, bool memory_backend) : clock_(clock), memory_backend_(memory_backend) {}
+
+    [[noreturn]] void broken(const std::string& what) const { throw Broken(what); }
+
+    void posted(Record& record, Memory& memory);
+    void stores(const Record& record) const {
+        if (record.history->outcomes != 0) {
+            broken("a store after over: " + name(*record.history));
+        }
+        if (record.role != protocol::Role::destination) {
+            broken("a store into a source");
+        }
+    }
+    void over(Record& record, Memory& memory);
+    void corrupted() { ++corruptions_; }
+    void stalled(Time from, Time until) { stalled_ += until - from; }
+    void link_cut() { cut_at_ = cut_at_ < 0 ? clock_.now() : cut_at_; }
+    void crashed(unsigned machine) { crashed_[machine] = true; }
+    void gate_failed(const std::string& key) { failed_gates_.push_back(key); }
+    void message_posted(unsigned machine, const protocol::Message& message) {
+        sent_[machine].push_back(message.data);
+    }
+    void message_over(const protocol::Message& message) const;
+    /// At the end of a schedule.
+    void finish() const;
+    void check_messages(unsigned machine, const std::vector<protocol::Bytes>& received, bool all) const;
+
+    std::size_t transfers() const noexcept { return all_.size(); }
+    std::size_t ok() const noexcept { return ok_; }
+
+  private:
+    struct Entry {
+        std::shared_ptr<History> history;
+        std::weak_ptr<Record> record;
+        std::vector<const History*> candidates;  // destination: sources whose bytes it can have sealed
+    };
+    static std::string name(const History& history);
+    void check_cause(const History& history) const;
+    void check_times(const History& history) const;
+    bool same_bytes(const History& destination, const History& source,
+                    const std::vector<protocol::Range>& ranges, Memory& memory) const;
+    void check_destination(Record& record, Entry& entry, Memory& memory);
+    void check_source(const History& source) const;
+    bool could_meet(const History& one, const History& other) const;
+    Time late() const noexcept { return 100 * kMs + stalled_; }
+
+    Clock& clock_;
+    bool memory_backend_;
+    std::deque<Entry> all_;
+    std::size_t corruptions_ = 0, ok_ = 0;
+    Time stalled_ = 0, cut_at_ = -1;
+    bool crashed_[2] = {false, false};
+    std::vector<std::string> failed_gates_;
+    std::vector<protocol::Bytes> sent_[2];
+};
+
+}  // namespace kvt::sim

@@ -1,0 +1,622 @@
+#include "machine.hpp"
+
+#include <cstring>
+
+#include "base/crc32c.hpp"
+
+namespace kvt::sim {
+
+using namespace protocol;
+
+namespace {
+
+constexpr std::size_t kIov = 12;
+
+}  // namespace
+
+struct Machine::Lane final : LaneHost {
+    Lane(Machine& m, Pipe& from, Pipe& to)
+        : machine(m),
+          in(from),
+          out(to),
+          reader(*this, m.setup_.config.digest),
+          writer(*this, m.setup_.config.digest) {}
+
+    ChunkTarget chunk_begin(const Header& header) override {
+        machine.clock_.trace(
+            "%c   chunk %llu+%llu..%llu begins on a lane", 'A' + static_cast<int>(machine.index_),
+            static_cast<unsigned long long>(header.transfer), static_cast<unsigned long long>(header.offset),
+            static_cast<unsigned long long>(header.offset + header.body_nbytes));
+        return machine.session_.chunk_begin(header, machine.clock_.now());
+    }
+    void chunk_end(const ChunkTarget& target, const Trailer& trailer, bool verified) override {
+        machine.session_.chunk_end(target, trailer, verified, machine.clock_.now());
+    }
+    void chunk_left(const ChunkJob& job, bool whole, bool begun) override {
+        machine.session_.chunk_left(job, whole, begun, machine.clock_.now());
+    }
+    Staging staging() {
+        return {scratch.data(), scratch.size(), machine.setup_.staging ? ring.data() : nullptr,
+                machine.setup_.staging ? ring.size() : 0};
+    }
+
+    Machine& machine;
+    Pipe &in, &out;
+    LaneReader reader;
+    LaneWriter writer;
+    std::array<std::byte, 4096> scratch{}, ring{};
+    iovec stored[kIov] = {};
+    std::size_t stored_count = 0;
+    bool tx_busy = false, rx_busy = false, tx_planned = false, rx_planned = false;
+};
+
+struct Machine::Copy {
+    ChunkTarget target;
+    TransferPtr source;
+};
+
+Machine::Machine(unsigned index, Clock& clock, Random& random, Checker& checker, MachineSetup setup)
+    : index_(index),
+      clock_(clock),
+      random_(random),
+      checker_(checker),
+      setup_(std::move(setup)),
+      memory_(setup_.pieces, random),
+      session_(setup_.config, clock.now()) {}
+
+Machine::~Machine() = default;
+
+void Machine::connect(Machine& peer, Pipe& control_in, Pipe& control_out,
+                      const std::vector<std::pair<Pipe*, Pipe*>>& lanes) {
+    peer_ = &peer;
+    control_in_ = &control_in;
+    control_out_ = &control_out;
+    control_in.set_reader([this] {
+        if (!reading_control_) {
+            reading_control_ = true;
+            later(while_unlocked(), [this] { read_control(); });
+        }
+    });
+    control_out.set_writer([this] { later(0, [this] { flush_control(); }); });
+    for (const auto& [in, out] : lanes) {
+        lanes_.push_back(std::make_unique<Lane>(*this, *in, *out));
+        Lane* lane = lanes_.back().get();
+        in->set_reader([this, lane] {
+            if (!std::exchange(lane->rx_planned, true)) {
+                later(while_unlocked(), [this, lane] { read_lane(*lane); });
+            }
+        });
+        out->set_writer([this, lane] { later(0, [this, lane] { write_lane(*lane); }); });
+    }
+}
+
+void Machine::later(Time delay, std::function<void()> what) {
+    clock_.after(delay, [this, what = std::move(what)]() mutable {
+        if (crashed_) {
+            return;
+        }
+        if (clock_.now() < stalled_until_) {
+            later(stalled_until_ - clock_.now(), std::move(what));
+            return;
+        }
+        what();
+    });
+}
+
+template <class What>
+void Machine::guarded(What what) {
+    try {
+        what();
+    } catch (const Violation& violation) {
+        checker_.broken(std::string("an honest peer is accused: ") + violation.what());
+    } catch (const Excess& excess) {
+        checker_.broken(std::string("an honest peer exceeds: ") + excess.what());
+    } catch (const std::logic_error& bug) {
+        checker_.broken(std::string("a bug: ") + bug.what());
+    }
+}
+
+// ---- acting on the session's output
+
+void Machine::settle() {
+    const Time now = clock_.now();
+    guarded([&] {
+        session_.pump(now);
+        if (!closed_) {
+            put_inline();
+        }
+    });
+    flush_control();
+    for (const TransferPtr& transfer : session_.take_quiescing()) {
+        clock_.trace("%c quiesce %s '%s'", 'A' + static_cast<int>(index_), name_of(transfer->role),
+                     transfer->key.c_str());
+        later(while_unlocked(), [this, transfer] { quiesce(transfer); });
+    }
+    for (const TransferPtr& transfer : session_.take_finished()) {
+        over(transfer);
+    }
+    for (const MessagePtr& message : session_.take_finished_messages()) {
+        checker_.message_over(*message);
+    }
+    for (Bytes& message : session_.take_messages()) {
+        untaken_ += message.size();
+        received_.push_back(std::move(message));
+    }
+    if (session_.has_chunks() && !closed_) {
+        for (const auto& lane : lanes_) {
+            if (!lane->tx_busy && !std::exchange(lane->tx_planned, true)) {
+                later(random_.between(0, 5 * kUs), [this, lane = lane.get()] { write_lane(*lane); });
+            }
+        }
+    }
+    if (session_.has_copies()) {
+        start_copies();
+    }
+    set_timer();
+    if (session_.gates_wait() && !std::exchange(polling_, true)) {
+        later(random_.between(200 * kUs, 4 * kMs), [this] {
+            polling_ = false;
+            kick_gates();
+        });
+    }
+}
+
+void Machine::kick_gates() {
+    guarded([&] { session_.poll_gates(clock_.now()); });
+    settle();
+}
+
+void Machine::fail_gates() {
+    guarded([&] { session_.fail_gates(clock_.now()); });
+    settle();
+}
+
+void Machine::set_timer() {
+    const Time next = session_.next_deadline();
+    if (next == kNever || next >= timer_at_) {
+        return;
+    }
+    timer_at_ = next;
+    later(std::max<Time>(next - clock_.now(), 0) + random_.between(0, 2 * kMs), [this, next] {
+        if (timer_at_ == next) {
+            timer_at_ = kNever;
+        }
+        guarded([&] { session_.on_time(clock_.now()); });
+        settle();
+    });
+}
+
+void Machine::over(const TransferPtr& transfer) {
+    const auto record = std::static_pointer_cast<Record>(transfer);
+    checker_.over(*record, memory_);
+    for (const Row& row : record->history->rows) {
+        for (const std::uint32_t block : row.blocks) {
+            transfer->role == Role::source ? memory_.unread(row.layer, block)
+                                           : memory_.disown(row.layer, block);
+        }
+    }
+    if (on_over) {
+        on_over(record);
+    }
+}
+
+void Machine::quiesce(const TransferPtr& transfer) {
+    if (movers_hold(transfer)) {
+        later(random_.between(1, 20 * kUs), [this, transfer] { quiesce(transfer); });
+        return;
+    }
+    for (const auto& lane : lanes_) {
+        if (lane->reader.uses(transfer.get())) {
+            lane->reader.retarget();
+        }
+        if (lane->writer.uses(transfer.get())) {
+            guarded([&] { lane->writer.abandon(); });
+            if (!std::exchange(lane->tx_planned, true)) {
+                later(0, [this, lane = lane.get()] { write_lane(*lane); });
+            }
+        }
+    }
+    later(while_unlocked(), [this, transfer] {
+        guarded([&] { session_.quiesced(transfer, clock_.now()); });
+        settle();
+    });
+}
+
+bool Machine::movers_hold(const TransferPtr& transfer) const {
+    if (setup_.config.memory_backend) {
+        return transfer->active != 0;
+    }
+    return std::any_of(lanes_.begin(), lanes_.end(),
+                       [](const auto& lane) { return lane->tx_busy || lane->rx_busy; });
+}
+
+// ---- control
+
+void Machine::flush_control() {
+    bool took = false;
+    while (!closed_) {
+        if (tx_.empty()) {
+            took = took || !session_.outbox().empty();
+            tx_.swap(session_.outbox());
+        }
+        const std::size_t n = std::min(tx_.size() - tx_at_, control_out_->room());
+        if (n == 0) {
+            break;
+        }
+        control_out_->write(tx_.data() + tx_at_, n);
+        tx_at_ += n;
+        if (tx_at_ == tx_.size()) {
+            tx_.clear();
+            tx_at_ = 0;
+        }
+    }
+    if (took && !std::exchange(settling_, true)) {  // there is room again for what waited
+        later(0, [this] {
+            settling_ = false;
+            settle();
+        });
+    }
+}
+
+void Machine::put_inline() {
+    const Time now = clock_.now();
+    while (auto job = session_.next_inline(now)) {
+        Bytes& out = session_.outbox();
+        const auto header = encode_header(job->header);
+        out.insert(out.end(), header.begin(), header.end());
+        const std::size_t body_at = out.size();
+        for (std::uint64_t at = job->range.begin; at < job->range.end;) {
+            iovec run{};
+            std::size_t count = 0;
+            at = job->transfer->runs(at, job->range.end, &run, 1, count);
+            const auto* from = static_cast<const std::byte*>(run.iov_base);
+            out.insert(out.end(), from, from + run.iov_len);
+        }
+        Trailer trailer{ChunkStatus::ok, setup_.config.digest, 0};
+        if (trailer.kind == DigestKind::crc32c) {
+            trailer.digest = crc32c(digest_seed(job->header), out.data() + body_at, job->header.body_nbytes);
+        }
+        if (random_.chance(setup_.corrupt_percent)) {
+            out[body_at + random_.below(job->header.body_nbytes)] ^= std::byte{4};
+            checker_.corrupted();
+        }
+        const auto raw = encode_trailer(trailer);
+        out.insert(out.end(), raw.begin(), raw.end());
+        session_.chunk_left(*job, true, true, now);
+    }
+}
+
+void Machine::read_control() {
+    reading_control_ = false;
+    if (closed_) {
+        return;
+    }
+    const std::size_t n = random_.chance(70) ? control_in_->readable()
+                                             : 1 + random_.below(1 + control_in_->readable());
+    const std::size_t had = rx_.size();
+    rx_.resize(had + n);
+    rx_.resize(had + control_in_->read(rx_.data() + had, n));
+    while (!closed_ && parse_one()) {
+        if (random_.chance(30)) {
+            settle();
+        }
+    }
+    settle();
+    if (control_in_->readable() > 0 && !std::exchange(reading_control_, true)) {
+        later(while_unlocked(), [this] { read_control(); });
+    }
+}
+
+bool Machine::parse_one() {
+    if (rx_.size() < kHeaderNbytes) {
+        return false;
+    }
+    Header header;
+    guarded([&] {
+        header = decode_header(std::span<const std::byte, kHeaderNbytes>(rx_.data(), kHeaderNbytes), false);
+    });
+    const bool chunk = header.type == FrameType::chunk;
+    const std::size_t need = kHeaderNbytes + header.body_nbytes + (chunk ? kTrailerNbytes : 0);
+    if (rx_.size() < need) {
+        return false;
+    }
+    clock_.trace("%c   reads %s %llu arg %llu flags %u", 'A' + static_cast<int>(index_), name_of(header.type),
+                 static_cast<unsigned long long>(header.transfer),
+                 static_cast<unsigned long long>(header.arg), header.flags);
+    const std::byte* body = rx_.data() + kHeaderNbytes;
+    if (chunk) {
+        guarded([&] {
+            const std::span<const std::byte, kTrailerNbytes> trailer(body + header.body_nbytes,
+                                                                     kTrailerNbytes);
+            receive_inline(header, body, decode_trailer(trailer));
+        });
+    } else {
+        guarded([&] { session_.receive(header, std::span(body, header.body_nbytes), clock_.now()); });
+    }
+    rx_.erase(rx_.begin(), rx_.begin() + static_cast<std::ptrdiff_t>(need));
+    return true;
+}
+
+void Machine::receive_inline(const Header& header, const std::byte* body, const Trailer& trailer) {
+    const ChunkTarget target = session_.chunk_begin(header, clock_.now());
+    std::uint32_t digest = digest_seed(header);
+    for (std::uint64_t at = target.range.begin; target.store && at < target.range.end;) {
+        iovec run{};
+        std::size_t count = 0;
+        at = target.transfer->runs(at, target.range.end, &run, 1, count);
+        checker_.stores(static_cast<const Record&>(*target.transfer));
+        std::memcpy(run.iov_base, body, run.iov_len);
+        body += run.iov_len;
+        digest = crc32c(digest, run.iov_base, run.iov_len);
+    }
+    const bool verified = setup_.config.digest == DigestKind::none ||
+                          (trailer.kind == setup_.config.digest && trailer.digest == digest);
+    session_.chunk_end(target, trailer, target.store && verified, clock_.now());
+}
+
+// ---- lanes
+
+void Machine::write_lane(Lane& lane) {
+    lane.tx_planned = false;
+    if (closed_ || lane.tx_busy) {
+        return;
+    }
+    if (lane.writer.idle()) {
+        std::optional<ChunkJob> job;
+        guarded([&] { job = session_.next_chunk(clock_.now()); });
+        if (!job) {
+            return;
+        }
+        job->transfer->moved_at = clock_.now();
+        lane.writer.start(std::move(*job));
+    }
+    const std::size_t room = lane.out.room();
+    if (room == 0) {
+        return;  // the pipe calls when it has some
+    }
+    iovec iov[kIov];
+    const std::size_t count = lane.writer.gather(iov, kIov, 1 + random_.below(8192), lane.staging());
+    std::size_t total = 0;
+    for (std::size_t i = 0; i < count; ++i) {
+        total += iov[i].iov_len;
+    }
+    const std::size_t n = std::min(room, random_.chance(70) ? total : 1 + random_.below(total));
+    Bytes bytes;
+    for (std::size_t i = 0; i < count && bytes.size() < n; ++i) {
+        const auto* from = static_cast<const std::byte*>(iov[i].iov_base);
+        const std::size_t here = std::min(iov[i].iov_len, n - bytes.size());
+        bytes.insert(bytes.end(), from, from + here);
+        if ((memory_.holds(from) || from == lane.ring.data()) && random_.chance(setup_.corrupt_percent)) {
+            bytes[bytes.size() - here + random_.below(here)] ^= std::byte{1};
+            checker_.corrupted();
+        }
+    }
+    lane.out.write(bytes.data(), n);
+    lane.tx_busy = true;
+    const Time gap = while_unlocked();
+    if (gap == 0) {
+        wrote(lane, n);
+    } else {
+        later(gap, [this, &lane, n] { wrote(lane, n); });
+    }
+}
+
+void Machine::wrote(Lane& lane, std::size_t n) {
+    lane.tx_busy = false;
+    guarded([&] { lane.writer.wrote(n); });
+    settle();
+    if (!lane.tx_busy && !std::exchange(lane.tx_planned, true)) {
+        later(random_.between(0, 3 * kUs), [this, &lane] { write_lane(lane); });
+    }
+}
+
+void Machine::read_lane(Lane& lane) {
+    lane.rx_planned = false;
+    if (closed_ || lane.rx_busy || lane.in.readable() == 0) {
+        return;
+    }
+    lane.stored_count = lane.reader.want(lane.stored, kIov, 1 + random_.below(8192), lane.staging());
+    std::size_t left = random_.chance(70) ? lane.in.readable() : 1 + random_.below(lane.in.readable()), n = 0;
+    for (std::size_t i = 0; i < lane.stored_count && left > 0; ++i) {
+        auto* to = static_cast<std::byte*>(lane.stored[i].iov_base);
+        const std::size_t here = lane.in.read(to, std::min(left, lane.stored[i].iov_len));
+        n += here;
+        left -= here;
+        if (memory_.holds(to)) {
+            checker_.stores(static_cast<const Record&>(*lane.reader.transfer()));
+            if (random_.chance(setup_.corrupt_percent)) {
+                to[random_.below(here)] ^= std::byte{2};  // bad memory
+                checker_.corrupted();
+            }
+        }
+    }
+    if (Transfer* transfer = lane.reader.transfer()) {
+        transfer->moved_at = clock_.now();
+    }
+    lane.rx_busy = true;
+    const Time gap = while_unlocked();
+    if (gap == 0) {
+        got(lane, n);
+    } else {
+        later(gap, [this, &lane, n] { got(lane, n); });
+    }
+}
+
+void Machine::got(Lane& lane, std::size_t n) {
+    guarded([&] { lane.reader.got(lane.stored, lane.stored_count, n); });
+    lane.rx_busy = false;
+    settle();
+    if (lane.in.readable() > 0 && !std::exchange(lane.rx_planned, true)) {
+        later(while_unlocked(), [this, &lane] { read_lane(lane); });
+    }
+}
+
+// ---- copies, as a memory backend
+
+void Machine::start_copies() {
+    while (copiers_ < lanes_.size()) {
+        auto copy = std::make_shared<Copy>();
+        std::optional<ChunkTarget> target;
+        guarded([&] { target = session_.next_copy(clock_.now()); });
+        if (!target) {
+            return;
+        }
+        copy->target = std::move(*target);
+        ++copiers_;
+        later(while_unlocked(), [this, copy] { lend(copy); });
+    }
+}
+
+void Machine::lend(const std::shared_ptr<Copy>& copy) {
+    copy->source = peer_->session_.lend(copy->target.transfer->partner);
+    if (copy->source == nullptr) {
+        finish_copy(copy);
+        return;
+    }
+    const Range range = copy->target.range;
+    const std::uint64_t middle = range.begin + random_.below(range.end - range.begin + 1);
+    copy_bytes(*copy, range.begin, middle);
+    later(while_unlocked(), [this, copy, middle] {
+        copy_bytes(*copy, middle, copy->target.range.end);
+        finish_copy(copy);
+    });
+}
+
+void Machine::copy_bytes(const Copy& copy, std::uint64_t begin, std::uint64_t end) {
+    checker_.stores(static_cast<const Record&>(*copy.target.transfer));
+    while (begin < end) {
+        iovec from{}, to{};
+        std::size_t count = 0;
+        copy.source->runs(begin, end, &from, 1, count);
+        copy.target.transfer->runs(begin, end, &to, 1, count);
+        const std::size_t n = std::min(from.iov_len, to.iov_len);
+        std::memcpy(to.iov_base, from.iov_base, n);
+        begin += n;
+    }
+    copy.target.transfer->moved_at = clock_.now();
+}
+
+void Machine::finish_copy(const std::shared_ptr<Copy>& copy) {
+    const bool lent = copy->source != nullptr;
+    bool verified = lent;
+    if (lent) {
+        peer_->session_.returned(copy->source, clock_.now());
+        copy->source.reset();
+        if (random_.chance(setup_.corrupt_percent)) {
+            verified = false;
+            checker_.corrupted();
+        }
+    }
+    const Trailer trailer{lent ? ChunkStatus::ok : ChunkStatus::aborted, setup_.config.digest, 0};
+    guarded([&] { session_.chunk_end(copy->target, trailer, verified, clock_.now()); });
+    --copiers_;
+    settle();
+}
+
+// ---- the users
+
+RecordPtr Machine::make(Role role, std::vector<Row> rows) {
+    auto record = std::make_shared<Record>(memory_, rows);
+    record->role = role;
+    record->pool = &setup_.pool;
+    std::uint64_t blocks[2] = {0, 0};
+    for (const Row& row : rows) {
+        const std::uint64_t size = row.blocks.size() * memory_.piece_nbytes(row.layer);
+        blocks[setup_.pool.layers[row.layer].group] = row.blocks.size();
+        record->terms.layers.push_back(
+            {static_cast<std::uint16_t>(row.layer), memory_.piece_nbytes(row.layer)});
+        record->spans.push_back({{record->nbytes, record->nbytes + size}, row.layer});
+        record->nbytes += size;
+    }
+    for (std::uint16_t group = 0; group < 2; ++group) {
+        record->terms.groups.push_back({group, static_cast<std::uint32_t>(blocks[group])});
+    }
+    record->history = std::make_shared<History>();
+    record->history->machine = index_;
+    record->history->role = role;
+    record->history->rows = std::move(rows);
+    record->history->empty = record->nbytes == 0;
+    return record;
+}
+
+void Machine::post(const RecordPtr& record) {
+    for (const Row& row : record->history->rows) {
+        for (const std::uint32_t block : row.blocks) {
+            record->role == Role::source ? memory_.read(row.layer, block) : memory_.own(row.layer, block);
+        }
+    }
+    checker_.posted(*record, memory_);
+    guarded([&] { session_.post(record, 1 + index_, clock_.now()); });
+    settle();
+}
+
+void Machine::cancel(const RecordPtr& record) {
+    record->history->asked_to_stop = true;
+    clock_.trace("%c cancels %s '%s'", 'A' + static_cast<int>(index_), name_of(record->role),
+                 record->key.c_str());
+    guarded([&] { session_.stop(record, {Cause::cancelled, Delivered::no, "cancelled", {}}, clock_.now()); });
+    settle();
+}
+
+void Machine::refuse(const std::string& key) {
+    clock_.trace("%c refuses '%s'", 'A' + static_cast<int>(index_), key.c_str());
+    guarded([&] { session_.refuse(key, "refused", clock_.now() + 50 * kMs, clock_.now()); });
+    settle();
+}
+
+void Machine::send_message(std::size_t nbytes) {
+    auto message = std::make_shared<Message>();
+    message->data.assign(nbytes, static_cast<std::byte>(messages_.size()));
+    checker_.message_posted(index_, *message);
+    messages_.push_back(message);
+    session_.post_message(message, clock_.now());
+    settle();
+}
+
+void Machine::take_messages() {
+    if (const std::uint64_t nbytes = std::exchange(untaken_, 0); !closed_) {
+        session_.messages_taken(nbytes);
+        settle();
+    }
+}
+
+// ---- fate
+
+void Machine::lose() {
+    if (closed_ || crashed_) {
+        return;
+    }
+    clock_.trace("%c has lost the other", 'A' + static_cast<int>(index_));
+    closed_ = true;
+    session_.lost(Cause::peer_lost, "reset", clock_.now());
+    settle();
+}
+
+void Machine::crash() {
+    clock_.trace("%c crashes", 'A' + static_cast<int>(index_));
+    crashed_ = true;
+}
+
+void Machine::stall(Time until) {
+    clock_.trace("%c stands still for %lld ms", 'A' + static_cast<int>(index_),
+                 static_cast<long long>((until - clock_.now()) / kMs));
+    const bool long_one = until - clock_.now() > 500 * kMs;
+    stalled_until_ = std::max(stalled_until_, until);
+    checker_.stalled(clock_.now(), until);
+    if (long_one) {
+        clock_.at(until, [this] {
+            if (!crashed_ && clock_.now() >= stalled_until_) {
+                session_.resumed(clock_.now());
+            }
+        });
+    }
+}
+
+bool Machine::idle() const {
+    return tx_.empty() && rx_.empty() && copiers_ == 0 && control_in_->drained() &&
+           std::all_of(lanes_.begin(), lanes_.end(), [](const auto& lane) {
+               return lane->writer.idle() && !lane->reader.in_chunk() && lane->in.drained();
+           });
+}
+
+}  // namespace kvt::sim

@@ -1,0 +1,115 @@
+// One simulated process: a session, its lanes and control stream, its movers, its memory.
+//
+// Theory of operation. What the real engine does under locks happens here in one event, what it does between
+// two locks in two events with anything in between: a mover has written and hasn't noted it, has stored and
+// hasn't said so, quiescing has been asked for and takes its time. Lives here: that engine. Does not live
+// here: what the users do (world.hpp), what must hold (checker.hpp). Invariant: a machine touches the other
+// one only through pipes and, as a memory backend, by lend().
+#pragma once
+
+#include <array>
+#include <memory>
+#include <string>
+#include <unordered_set>
+#include <vector>
+
+#include "checker.hpp"
+#include "pipe.hpp"
+#include "protocol/lane.hpp"
+
+namespace kvt::sim {
+
+struct MachineSetup {
+    protocol::SessionConfig config;
+    std::vector<std::size_t> pieces;
+    protocol::PoolTerms pool;
+    bool staging = false;          // lanes have a ring
+    unsigned corrupt_percent = 0;  // of writes and stores with digests
+    Time slow = 0;                 // of what happens between two locks
+};
+
+class Machine {
+  public:
+    Machine(unsigned index, Clock& clock, Random& random, Checker& checker, MachineSetup setup);
+    ~Machine();
+    void connect(Machine& peer, Pipe& control_in, Pipe& control_out,
+                 const std::vector<std::pair<Pipe*, Pipe*>>& lanes);
+
+    // The users.
+    RecordPtr make(protocol::Role role, std::vector<Row> rows);
+    void post(const RecordPtr& record);
+    void cancel(const RecordPtr& record);
+    void refuse(const std::string& key);
+    void send_message(std::size_t nbytes);
+    void take_messages();
+    void kick_gates();
+    void fail_gates();
+    std::function<void(const RecordPtr&)> on_over;
+
+    // Fate.
+    void lose();
+    void crash();
+    void stall(Time until);
+    void later(Time delay, std::function<void()> what);
+
+    unsigned index() const noexcept { return index_; }
+    bool closed() const noexcept { return closed_; }
+    bool crashed() const noexcept { return crashed_; }
+    bool live() const noexcept { return !closed_ && !crashed_; }
+    std::size_t group_of(std::uint32_t layer) const noexcept { return setup_.pool.layers[layer].group; }
+    Memory& memory() noexcept { return memory_; }
+    protocol::Session& session() noexcept { return session_; }
+    bool idle() const;
+    const std::vector<std::shared_ptr<protocol::Message>>& messages() const noexcept { return messages_; }
+    const std::vector<protocol::Bytes>& received() const noexcept { return received_; }
+
+  private:
+    struct Lane;
+    struct Copy;
+
+    template <class What>
+    void guarded(What what);
+    void settle();
+    void put_inline();
+    void flush_control();
+    void read_control();
+    bool parse_one();
+    void receive_inline(const protocol::Header& header, const std::byte* body,
+                        const protocol::Trailer& trailer);
+    void write_lane(Lane& lane);
+    void wrote(Lane& lane, std::size_t n);
+    void read_lane(Lane& lane);
+    void got(Lane& lane, std::size_t n);
+    void quiesce(const protocol::TransferPtr& transfer);
+    bool movers_hold(const protocol::TransferPtr& transfer) const;
+    void start_copies();
+    void lend(const std::shared_ptr<Copy>& copy);
+    void finish_copy(const std::shared_ptr<Copy>& copy);
+    void copy_bytes(const Copy& copy, std::uint64_t begin, std::uint64_t end);
+    void set_timer();
+    void over(const protocol::TransferPtr& transfer);
+    Time while_unlocked() {
+        return setup_.slow == 0 || random_.chance(70) ? 0 : random_.between(0, setup_.slow);
+    }
+
+    unsigned index_;
+    Clock& clock_;
+    Random& random_;
+    Checker& checker_;
+    MachineSetup setup_;
+    Memory memory_;
+    protocol::Session session_;
+    Machine* peer_ = nullptr;
+    Pipe *control_in_ = nullptr, *control_out_ = nullptr;
+    std::vector<std::unique_ptr<Lane>> lanes_;
+    protocol::Bytes rx_, tx_;
+    std::size_t tx_at_ = 0;
+    bool closed_ = false, crashed_ = false, polling_ = false, reading_control_ = false, settling_ = false;
+    unsigned copiers_ = 0;
+    Time stalled_until_ = 0, timer_at_ = protocol::kNever;
+    std::vector<std::shared_ptr<protocol::Message>> messages_;
+    std::vector<protocol::Bytes> received_;
+    std::uint64_t untaken_ = 0;
+};
+
+}  // namespace kvt::sim
