@@ -141,8 +141,17 @@ class Parent:
             role, line = self._lines.get(timeout=self._left())
             if line is None:
                 ended.add(role)
+                self._end_others(role)
             else:
                 yield role, line
+
+    def _end_others(self, role: str) -> None:
+        """Where one side has failed, the other would wait for it until its timeout."""
+        code = self._children[role].wait(timeout=self._left())
+        if code != 0 and not (role == "prefill" and self._options.kill_prefill):
+            for name, child in self._children.items():
+                if name != role:
+                    child.terminate()
 
     def _left(self) -> float:
         return max(self._deadline - time.monotonic(), 0.0)

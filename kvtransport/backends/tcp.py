@@ -411,7 +411,9 @@ def _may_be_anyone(uid: int) -> bool:
                 return False
         with open("/proc/self/uid_map", encoding="ascii") as f:
             return f.read().split() != ["0", "0", "4294967295"]
-    except (OSError, ValueError):
+    except (OSError, ValueError) as e:
+        if isinstance(e, OSError) and e.errno in (errno.EMFILE, errno.ENFILE):
+            raise  # want of descriptors says nothing of anybody: the try fails, and is made again
         return True
 
 

@@ -196,11 +196,19 @@ void Admission::join(Stranger& stranger) {
     engine_.reactor().remove(stranger.fd.get());
     const std::byte* join = stranger.raw.data() + kPreambleNbytes;
     const std::string session_id(reinterpret_cast<const char*>(join), 16);
+    {
+        const std::lock_guard lock(mutex_);
+        stranger.parked = true;  // before the look: a session that opens meanwhile finds it
+    }
     const auto connection = engine_.find(session_id);
     if (connection == nullptr || !connection->is_open()) {
-        const std::lock_guard lock(mutex_);
-        stranger.parked = true;
         return;
+    }
+    {
+        const std::lock_guard lock(mutex_);
+        if (!std::exchange(stranger.parked, false)) {
+            return;  // another thread joins it
+        }
     }
     const auto number = protocol::load_le<std::uint32_t>(join + 16);
     Fd fd = std::exchange(stranger.fd, Fd());
