@@ -299,15 +299,17 @@ void Session::apply(const TransferPtr& transfer, Event event, Time now) {
     act(transfer, row.action, now);
 }
 
+void Session::begin_quiesce(const TransferPtr& transfer) {
+    transfer->pending.clear();
+    if (transfer->role == Role::source) {
+        gated_.erase(transfer->want);
+    }
+    quiescing_.push_back(transfer);
+}
+
 void Session::act(const TransferPtr& transfer, Action action, Time now) {
     switch (action) {
-        case Action::quiesce:
-            transfer->pending.clear();
-            if (transfer->role == Role::source) {
-                gated_.erase(transfer->want);
-            }
-            quiescing_.push_back(transfer);
-            break;
+        case Action::quiesce: begin_quiesce(transfer); break;
         case Action::finish_ok:
             transfer->outcome = {Cause::ok, Delivered::yes, {}, {}};
             if (transfer->state == State::over) {

@@ -214,6 +214,7 @@ class Session {
     void end(const TransferPtr& transfer, Outcome why, Time now);
     void apply(const TransferPtr& transfer, Event event, Time now);
     void act(const TransferPtr& transfer, Action action, Time now);
+    void begin_quiesce(const TransferPtr& transfer);
     void finish(const TransferPtr& transfer, Time now);
     void forget(const TransferPtr& transfer);
     void check_early_done(Transfer& transfer);

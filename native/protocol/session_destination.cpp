@@ -289,6 +289,9 @@ void Session::on_abort_for_destination(const Header& header, const AbortBody& bo
     if (transfer == nullptr) {
         return;  // over here, and DONE is on its way
     }
+    if (transfer->peer_count_known) {
+        throw Violation("a second ABORT of one transfer");
+    }
     if (!config_.memory_backend && header.arg < transfer->chunks) {
         throw Violation("an ABORT counts fewer chunks than have come");
     }
@@ -331,7 +334,7 @@ void Session::on_aborted_for_destination(const Header& header, Time now) {
     if (transfer == nullptr) {
         return;
     }
-    if (transfer->state != State::draining) {
+    if (transfer->state != State::draining || transfer->peer_count_known) {
         throw Violation("an ABORTED that answers nothing");
     }
     if (!config_.memory_backend && header.arg < transfer->chunks) {

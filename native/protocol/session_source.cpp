@@ -373,10 +373,10 @@ TransferPtr Session::find_source(const Header& header) {
     if (const auto waiting = unmatched_want_keys_.find(header.transfer);
         waiting != unmatched_want_keys_.end()) {
         take_want(std::string(waiting->second));
-    } else if (late_.erase(header.transfer) == 0) {
+        send(FrameType::aborted, kFromSource, header.transfer, 0, 0);
+    } else if (late_.erase(header.transfer) == 0) {    // else our own ABORT has crossed it
         throw Violation("an ABORT for a transfer that isn't there");
     }
-    send(FrameType::aborted, kFromSource, header.transfer, 0, 0);
     return nullptr;
 }
 
