@@ -60,7 +60,8 @@ class Checker {
     void check_destination(Record& record, Entry& entry, Memory& memory);
     void check_source(const History& source) const;
     bool could_meet(const History& one, const History& other) const;
-    Time late() const noexcept { return 100 * kMs + stalled_; }
+    // After a pause of our own the last words are waited for anew.
+    Time late() const noexcept { return stalled_ == 0 ? 100 * kMs : stalled_ + 200 * kMs; }
 
     Clock& clock_;
     bool memory_backend_;

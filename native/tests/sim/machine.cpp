@@ -12,6 +12,14 @@ namespace {
 
 constexpr std::size_t kIov = 12;
 
+std::size_t nbytes_of(const iovec* iov, std::size_t count) {
+    std::size_t total = 0;
+    for (std::size_t i = 0; i < count; ++i) {
+        total += iov[i].iov_len;
+    }
+    return total;
+}
+
 }  // namespace
 
 struct Machine::Lane final : LaneHost {
@@ -101,19 +109,6 @@ void Machine::later(Time delay, std::function<void()> what) {
         }
         what();
     });
-}
-
-template <class What>
-void Machine::guarded(What what) {
-    try {
-        what();
-    } catch (const Violation& violation) {
-        checker_.broken(std::string("an honest peer is accused: ") + violation.what());
-    } catch (const Excess& excess) {
-        checker_.broken(std::string("an honest peer exceeds: ") + excess.what());
-    } catch (const std::logic_error& bug) {
-        checker_.broken(std::string("a bug: ") + bug.what());
-    }
 }
 
 // ---- acting on the session's output
@@ -376,10 +371,7 @@ void Machine::write_lane(Lane& lane) {
     }
     iovec iov[kIov];
     const std::size_t count = lane.writer.gather(iov, kIov, 1 + random_.below(8192), lane.staging());
-    std::size_t total = 0;
-    for (std::size_t i = 0; i < count; ++i) {
-        total += iov[i].iov_len;
-    }
+    const std::size_t total = nbytes_of(iov, count);
     const std::size_t n = std::min(room, random_.chance(70) ? total : 1 + random_.below(total));
     Bytes bytes;
     for (std::size_t i = 0; i < count && bytes.size() < n; ++i) {
@@ -511,73 +503,6 @@ void Machine::finish_copy(const std::shared_ptr<Copy>& copy) {
     guarded([&] { session_.chunk_end(copy->target, trailer, verified, clock_.now()); });
     --copiers_;
     settle();
-}
-
-// ---- the users
-
-RecordPtr Machine::make(Role role, std::vector<Row> rows) {
-    auto record = std::make_shared<Record>(memory_, rows);
-    record->role = role;
-    record->pool = &setup_.pool;
-    std::uint64_t blocks[2] = {0, 0};
-    for (const Row& row : rows) {
-        const std::uint64_t size = row.blocks.size() * memory_.piece_nbytes(row.layer);
-        blocks[setup_.pool.layers[row.layer].group] = row.blocks.size();
-        record->terms.layers.push_back(
-            {static_cast<std::uint16_t>(row.layer), memory_.piece_nbytes(row.layer)});
-        record->spans.push_back({{record->nbytes, record->nbytes + size}, row.layer});
-        record->nbytes += size;
-    }
-    for (std::uint16_t group = 0; group < 2; ++group) {
-        record->terms.groups.push_back({group, static_cast<std::uint32_t>(blocks[group])});
-    }
-    record->history = std::make_shared<History>();
-    record->history->machine = index_;
-    record->history->role = role;
-    record->history->rows = std::move(rows);
-    record->history->empty = record->nbytes == 0;
-    return record;
-}
-
-void Machine::post(const RecordPtr& record) {
-    for (const Row& row : record->history->rows) {
-        for (const std::uint32_t block : row.blocks) {
-            record->role == Role::source ? memory_.read(row.layer, block) : memory_.own(row.layer, block);
-        }
-    }
-    checker_.posted(*record, memory_);
-    guarded([&] { session_.post(record, 1 + index_, clock_.now()); });
-    settle();
-}
-
-void Machine::cancel(const RecordPtr& record) {
-    record->history->asked_to_stop = true;
-    clock_.trace("%c cancels %s '%s'", 'A' + static_cast<int>(index_), name_of(record->role),
-                 record->key.c_str());
-    guarded([&] { session_.stop(record, {Cause::cancelled, Delivered::no, "cancelled", {}}, clock_.now()); });
-    settle();
-}
-
-void Machine::refuse(const std::string& key) {
-    clock_.trace("%c refuses '%s'", 'A' + static_cast<int>(index_), key.c_str());
-    guarded([&] { session_.refuse(key, "refused", clock_.now() + 50 * kMs, clock_.now()); });
-    settle();
-}
-
-void Machine::send_message(std::size_t nbytes) {
-    auto message = std::make_shared<Message>();
-    message->data.assign(nbytes, static_cast<std::byte>(messages_.size()));
-    checker_.message_posted(index_, *message);
-    messages_.push_back(message);
-    session_.post_message(message, clock_.now());
-    settle();
-}
-
-void Machine::take_messages() {
-    if (const std::uint64_t nbytes = std::exchange(untaken_, 0); !closed_) {
-        session_.messages_taken(nbytes);
-        settle();
-    }
 }
 
 // ---- fate

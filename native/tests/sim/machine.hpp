@@ -9,6 +9,7 @@
 
 #include <array>
 #include <memory>
+#include <stdexcept>
 #include <string>
 #include <unordered_set>
 #include <vector>
@@ -111,5 +112,18 @@ class Machine {
     std::vector<protocol::Bytes> received_;
     std::uint64_t untaken_ = 0;
 };
+
+template <class What>
+void Machine::guarded(What what) {
+    try {
+        what();
+    } catch (const protocol::Violation& violation) {
+        checker_.broken(std::string("an honest peer is accused: ") + violation.what());
+    } catch (const protocol::Excess& excess) {
+        checker_.broken(std::string("an honest peer exceeds: ") + excess.what());
+    } catch (const std::logic_error& bug) {
+        checker_.broken(std::string("a bug: ") + bug.what());
+    }
+}
 
 }  // namespace kvt::sim

@@ -1,0 +1,74 @@
+#include "machine.hpp"
+
+namespace kvt::sim {
+
+using namespace protocol;
+
+// What the users of a side do.
+
+RecordPtr Machine::make(Role role, std::vector<Row> rows) {
+    auto record = std::make_shared<Record>(memory_, rows);
+    record->role = role;
+    record->pool = &setup_.pool;
+    std::uint64_t blocks[2] = {0, 0};
+    for (const Row& row : rows) {
+        const std::uint64_t size = row.blocks.size() * memory_.piece_nbytes(row.layer);
+        blocks[setup_.pool.layers[row.layer].group] = row.blocks.size();
+        record->terms.layers.push_back(
+            {static_cast<std::uint16_t>(row.layer), memory_.piece_nbytes(row.layer)});
+        record->spans.push_back({{record->nbytes, record->nbytes + size}, row.layer});
+        record->nbytes += size;
+    }
+    for (std::uint16_t group = 0; group < 2; ++group) {
+        record->terms.groups.push_back({group, static_cast<std::uint32_t>(blocks[group])});
+    }
+    record->history = std::make_shared<History>();
+    record->history->machine = index_;
+    record->history->role = role;
+    record->history->rows = std::move(rows);
+    record->history->empty = record->nbytes == 0;
+    return record;
+}
+
+void Machine::post(const RecordPtr& record) {
+    for (const Row& row : record->history->rows) {
+        for (const std::uint32_t block : row.blocks) {
+            record->role == Role::source ? memory_.read(row.layer, block) : memory_.own(row.layer, block);
+        }
+    }
+    checker_.posted(*record, memory_);
+    guarded([&] { session_.post(record, 1 + index_, clock_.now()); });
+    settle();
+}
+
+void Machine::cancel(const RecordPtr& record) {
+    record->history->asked_to_stop = true;
+    clock_.trace("%c cancels %s '%s'", 'A' + static_cast<int>(index_), name_of(record->role),
+                 record->key.c_str());
+    guarded([&] { session_.stop(record, {Cause::cancelled, Delivered::no, "cancelled", {}}, clock_.now()); });
+    settle();
+}
+
+void Machine::refuse(const std::string& key) {
+    clock_.trace("%c refuses '%s'", 'A' + static_cast<int>(index_), key.c_str());
+    guarded([&] { session_.refuse(key, "refused", clock_.now() + 50 * kMs, clock_.now()); });
+    settle();
+}
+
+void Machine::send_message(std::size_t nbytes) {
+    auto message = std::make_shared<Message>();
+    message->data.assign(nbytes, static_cast<std::byte>(messages_.size()));
+    checker_.message_posted(index_, *message);
+    messages_.push_back(message);
+    session_.post_message(message, clock_.now());
+    settle();
+}
+
+void Machine::take_messages() {
+    if (const std::uint64_t nbytes = std::exchange(untaken_, 0); !closed_) {
+        session_.messages_taken(nbytes);
+        settle();
+    }
+}
+
+}  // namespace kvt::sim
