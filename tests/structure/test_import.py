@@ -7,6 +7,7 @@ import sys
 ENGINES = {"torch", "cupy", "transformers", "vllm", "jax", "tensorflow", "ray", "numba"}
 
 LIMIT_S = 0.100
+NUMPY_IDLE_S = 0.080  # what importing numpy takes on the machine of the target, idle
 RUNS = 9
 TIMED = "import time; t = time.perf_counter(); import kvtransport; print(time.perf_counter() - t)"
 
@@ -38,13 +39,14 @@ def test_import_starts_nothing() -> None:
 
 
 def test_import_time() -> None:
-    """Measured: the wall time of the one statement `import kvtransport` in a fresh interpreter, numpy and
-    msgspec included, files in the page cache (a first run is thrown away); the best of nine, since tests share
-    the machine. The interpreter's own start is not in it.
+    """Measured: the wall time of the one statement `import kvtransport` in a fresh interpreter, files in the page
+    cache (a first run is thrown away); the best of nine, since other tests share the machine. The interpreter's
+    own start is not in it. A machine so loaded that numpy alone takes longer than when idle gets as much more.
     """
     fresh(TIMED)
     seconds = [float(fresh(TIMED)) for _ in range(RUNS)]
-    numpy_alone = float(fresh(TIMED.replace("kvtransport", "numpy")))
+    numpy_alone = min(float(fresh(TIMED.replace("kvtransport", "numpy"))) for _ in range(RUNS))
+    limit = LIMIT_S * max(1.0, numpy_alone / NUMPY_IDLE_S)
     median = statistics.median(seconds)
     what = f"median {median * 1e3:.0f} ms, best {min(seconds) * 1e3:.0f}; numpy alone {numpy_alone * 1e3:.0f}"
-    assert min(seconds) < LIMIT_S, what
+    assert min(seconds) < limit, what
