@@ -374,7 +374,7 @@ TransferPtr Session::find_source(const Header& header) {
         waiting != unmatched_want_keys_.end()) {
         take_want(std::string(waiting->second));
         send(FrameType::aborted, kFromSource, header.transfer, 0, 0);
-    } else if (late_.erase(header.transfer) == 0) {    // else our own ABORT has crossed it
+    } else if (late_.erase(header.transfer) == 0) {  // else our own ABORT has crossed it
         throw Violation("an ABORT for a transfer that isn't there");
     }
     return nullptr;
