@@ -23,7 +23,12 @@ void Checker::posted(Record& record, Memory& memory) {
         for (const Row& row : h.rows) {
             for (std::size_t i = 0; i < row.blocks.size(); ++i) {
                 const std::byte* piece = memory.piece(row.layer, row.blocks[i]);
-                h.content[{row.layer, i}].assign(piece, piece + memory.piece_nbytes(row.layer));
+                auto& content = h.content[{row.layer, i}];
+                content.assign(piece, piece + memory.piece_nbytes(row.layer));
+                if (h.gated) {  // what the memory will hold once the layer is released
+                    std::reverse(content.begin(), content.end());
+                    content[0] = ~*piece;
+                }
             }
         }
     }
@@ -91,6 +96,11 @@ void Checker::check_times(const History& h) const {
                " ms: " + name(h));
     }
     const Cause cause = h.outcome.cause;
+    const Time bytes_limit = stalled_ == 0 ? h.limits.stall : 2 * h.limits.stall;  // a pause starts it anew
+    if (cause == Cause::timeout_bytes && h.moved_at >= 0 && h.over_at > h.moved_at + bytes_limit + late() &&
+        !h.gated) {
+        broken("the limit without bytes is passed: " + name(h));
+    }
     const bool early = (cause == Cause::timeout_match && lived < h.limits.match) ||
                        (cause == Cause::timeout_bytes && lived < h.limits.stall) ||
                        (cause == Cause::timeout_gate && lived < h.limits.match) ||
@@ -185,6 +195,9 @@ void Checker::check_source(const History& s) const {
     }
     if (s.outcome.cause != Cause::ok && s.outcome.delivered == Delivered::no && surely) {
         broken("said not to be delivered, and sealed: " + name(s));
+    }
+    if (calm_ && cut_at_ < 0 && stalled_ == 0 && surely && s.outcome.cause != Cause::ok) {
+        broken("sealed, and the source doesn't know: " + name(s));
     }
     if ((s.outcome.cause == Cause::ok) != (s.outcome.delivered == Delivered::yes)) {
         broken("outcome and delivered disagree: " + name(s));

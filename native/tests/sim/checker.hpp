@@ -21,7 +21,8 @@ class Checker {
     [[noreturn]] void broken(const std::string& what) const { throw Broken(what); }
 
     void posted(Record& record, Memory& memory);
-    void stores(const Record& record) const {
+    void stores(const Record& record) {
+        record.history->moved_at = clock_.now();
         if (record.history->outcomes != 0) {
             broken("a store after over: " + name(*record.history));
         }
@@ -29,6 +30,16 @@ class Checker {
             broken("a store into a source");
         }
     }
+    void reads(const Record& record, const Memory& memory, const void* address) const {
+        record.history->moved_at = clock_.now();
+        if (!memory.may_be_read(address)) {
+            broken("a read of a source that is over: " + name(*record.history));
+        }
+    }
+    /// The network is fast enough for every verdict to come in time.
+    bool rogue() const noexcept { return rogue_; }
+    void set_rogue() noexcept { rogue_ = true; }
+    void set_calm(bool calm) { calm_ = calm; }
     void over(Record& record, Memory& memory);
     void corrupted() { ++corruptions_; }
     void stalled(Time from, Time until) { stalled_ += until - from; }
@@ -67,6 +78,7 @@ class Checker {
     bool memory_backend_;
     std::deque<Entry> all_;
     std::size_t corruptions_ = 0, ok_ = 0;
+    bool calm_ = false, rogue_ = false;
     Time stalled_ = 0, cut_at_ = -1;
     bool crashed_[2] = {false, false};
     std::vector<std::string> failed_gates_;

@@ -53,6 +53,8 @@ struct Machine::Lane final : LaneHost {
     LaneReader reader;
     LaneWriter writer;
     std::array<std::byte, 4096> scratch{}, ring{};
+    std::weak_ptr<Record> writing;  // whose chunk the writer has
+    Bytes chunk, last_chunk;        // what has left of it, and the one before
     iovec stored[kIov] = {};
     std::size_t stored_count = 0;
     bool tx_busy = false, rx_busy = false, tx_planned = false, rx_planned = false;
@@ -183,6 +185,12 @@ void Machine::set_timer() {
 
 void Machine::over(const TransferPtr& transfer) {
     const auto record = std::static_pointer_cast<Record>(transfer);
+    for (const auto& lane : lanes_) {
+        const bool written = lane->tx_busy && lane->writer.uses(transfer.get());
+        if (written || (lane->rx_busy && lane->reader.uses(transfer.get()))) {
+            checker_.broken("over with a mover still in it");
+        }
+    }
     checker_.over(*record, memory_);
     for (const Row& row : record->history->rows) {
         for (const std::uint32_t block : row.blocks) {
@@ -264,6 +272,7 @@ void Machine::put_inline() {
             iovec run{};
             std::size_t count = 0;
             at = job->transfer->runs(at, job->range.end, &run, 1, count);
+            checker_.reads(static_cast<const Record&>(*job->transfer), memory_, run.iov_base);
             const auto* from = static_cast<const std::byte*>(run.iov_base);
             out.insert(out.end(), from, from + run.iov_len);
         }
@@ -363,6 +372,7 @@ void Machine::write_lane(Lane& lane) {
             return;
         }
         job->transfer->moved_at = clock_.now();
+        lane.writing = std::static_pointer_cast<Record>(job->transfer);
         lane.writer.start(std::move(*job));
     }
     const std::size_t room = lane.out.room();
@@ -378,12 +388,17 @@ void Machine::write_lane(Lane& lane) {
         const auto* from = static_cast<const std::byte*>(iov[i].iov_base);
         const std::size_t here = std::min(iov[i].iov_len, n - bytes.size());
         bytes.insert(bytes.end(), from, from + here);
+        if (const auto record = lane.writing.lock(); memory_.holds(from)) {
+            if (record == nullptr) checker_.broken("a mover reads what nobody sends");
+            checker_.reads(*record, memory_, from);
+        }
         if ((memory_.holds(from) || from == lane.ring.data()) && random_.chance(setup_.corrupt_percent)) {
             bytes[bytes.size() - here + random_.below(here)] ^= std::byte{1};
             checker_.corrupted();
         }
     }
     lane.out.write(bytes.data(), n);
+    lane.chunk.insert(lane.chunk.end(), bytes.begin(), bytes.end());
     lane.tx_busy = true;
     const Time gap = while_unlocked();
     if (gap == 0) {
@@ -395,7 +410,11 @@ void Machine::write_lane(Lane& lane) {
 
 void Machine::wrote(Lane& lane, std::size_t n) {
     lane.tx_busy = false;
-    guarded([&] { lane.writer.wrote(n); });
+    guarded([&] {
+        if (lane.writer.wrote(n)) {
+            lane.last_chunk = std::exchange(lane.chunk, {});
+        }
+    });
     settle();
     if (!lane.tx_busy && !std::exchange(lane.tx_planned, true)) {
         later(random_.between(0, 3 * kUs), [this, &lane] { write_lane(lane); });
@@ -435,12 +454,24 @@ void Machine::read_lane(Lane& lane) {
 }
 
 void Machine::got(Lane& lane, std::size_t n) {
-    guarded([&] { lane.reader.got(lane.stored, lane.stored_count, n); });
     lane.rx_busy = false;
+    guarded([&] { lane.reader.got(lane.stored, lane.stored_count, n); });
     settle();
     if (lane.in.readable() > 0 && !std::exchange(lane.rx_planned, true)) {
         later(while_unlocked(), [this, &lane] { read_lane(lane); });
     }
+}
+
+bool Machine::replay_chunk() {
+    for (const auto& lane : lanes_) {
+        if (lane->writer.idle() && !lane->tx_busy && !lane->last_chunk.empty() &&
+            lane->out.room() >= lane->last_chunk.size()) {
+            clock_.trace("%c sends a chunk again", 'A' + static_cast<int>(index_));
+            lane->out.write(lane->last_chunk.data(), lane->last_chunk.size());
+            return true;
+        }
+    }
+    return false;
 }
 
 // ---- copies, as a memory backend
@@ -480,6 +511,7 @@ void Machine::copy_bytes(const Copy& copy, std::uint64_t begin, std::uint64_t en
         iovec from{}, to{};
         std::size_t count = 0;
         copy.source->runs(begin, end, &from, 1, count);
+        checker_.reads(static_cast<const Record&>(*copy.source), peer_->memory_, from.iov_base);
         copy.target.transfer->runs(begin, end, &to, 1, count);
         const std::size_t n = std::min(from.iov_len, to.iov_len);
         std::memcpy(to.iov_base, from.iov_base, n);
@@ -506,6 +538,12 @@ void Machine::finish_copy(const std::shared_ptr<Copy>& copy) {
 }
 
 // ---- fate
+
+void Machine::catch_rogue() {
+    checker_.link_cut();
+    peer_->later(random_.between(0, 5 * kMs), [peer = peer_] { peer->lose(); });
+    lose();
+}
 
 void Machine::lose() {
     if (closed_ || crashed_) {

@@ -45,6 +45,8 @@ class Machine {
     void take_messages();
     void kick_gates();
     void fail_gates();
+    bool replay_chunk();
+    void catch_rogue();
     std::function<void(const RecordPtr&)> on_over;
 
     // Fate.
@@ -118,6 +120,10 @@ void Machine::guarded(What what) {
     try {
         what();
     } catch (const protocol::Violation& violation) {
+        if (checker_.rogue()) {
+            catch_rogue();
+            return;
+        }
         checker_.broken(std::string("an honest peer is accused: ") + violation.what());
     } catch (const protocol::Excess& excess) {
         checker_.broken(std::string("an honest peer exceeds: ") + excess.what());

@@ -34,6 +34,7 @@ void Machine::post(const RecordPtr& record) {
     for (const Row& row : record->history->rows) {
         for (const std::uint32_t block : row.blocks) {
             record->role == Role::source ? memory_.read(row.layer, block) : memory_.own(row.layer, block);
+            if (record->gate != nullptr) memory_.write_late(row.layer, block);
         }
     }
     checker_.posted(*record, memory_);

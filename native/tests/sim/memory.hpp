@@ -32,6 +32,7 @@ class Memory {
         shadow_ = bytes_;
         owned_.assign(pieces_.size() * kBlocks, false);
         reads_.assign(pieces_.size() * kBlocks, 0);
+        written_late_.assign(pieces_.size() * kBlocks, false);
     }
 
     std::byte* piece(std::size_t layer, std::size_t block) noexcept {
@@ -44,7 +45,7 @@ class Memory {
         return !owned_[layer * kBlocks + block] && reads_[layer * kBlocks + block] == 0;
     }
     bool free_for_send(std::size_t layer, std::size_t block) const noexcept {
-        return !owned_[layer * kBlocks + block];
+        return !owned_[layer * kBlocks + block] && !written_late_[layer * kBlocks + block];
     }
     void own(std::size_t layer, std::size_t block) noexcept { owned_[layer * kBlocks + block] = true; }
     /// The receive is over: its owner writes something else there at once.
@@ -53,9 +54,26 @@ class Memory {
         rewrite(layer, block);
     }
     void read(std::size_t layer, std::size_t block) noexcept { ++reads_[layer * kBlocks + block]; }
+    /// A gated send's: its bytes come when its layer is released, and until then nobody else may send it.
+    void write_late(std::size_t layer, std::size_t block) noexcept {
+        written_late_[layer * kBlocks + block] = true;
+    }
+    void write(std::size_t layer, std::size_t block, const std::vector<std::byte>& bytes) noexcept {
+        std::copy(bytes.begin(), bytes.end(), bytes_.begin() + static_cast<std::ptrdiff_t>(at(layer, block)));
+        std::copy(bytes.begin(), bytes.end(),
+                  shadow_.begin() + static_cast<std::ptrdiff_t>(at(layer, block)));
+    }
+    /// Whether a send that isn't over reads the block at this address.
+    bool may_be_read(const void* address) const noexcept {
+        const auto place = static_cast<std::size_t>(static_cast<const std::byte*>(address) - bytes_.data());
+        std::size_t layer = pieces_.size() - 1;
+        while (bases_[layer] > place) --layer;
+        return reads_[layer * kBlocks + (place - bases_[layer]) / (pieces_[layer] + kCanary)] > 0;
+    }
     /// The send is over; when it was the last of its block, the owner rewrites it at once.
     void unread(std::size_t layer, std::size_t block) noexcept {
         if (--reads_[layer * kBlocks + block] == 0) {
+            written_late_[layer * kBlocks + block] = false;
             rewrite(layer, block);
         }
     }
@@ -97,7 +115,7 @@ class Memory {
 
     std::vector<std::size_t> pieces_, bases_;
     std::vector<std::byte> bytes_, shadow_;
-    std::vector<bool> owned_;
+    std::vector<bool> owned_, written_late_;
     std::vector<unsigned> reads_;
     Random& random_;
 };

@@ -40,6 +40,7 @@ struct History {
     protocol::Outcome outcome;
     std::string peer_meta;
     bool asked_to_stop = false;
+    Time moved_at = -1;
     bool empty = false;
     const History* partner = nullptr;  // destination: the source whose bytes it sealed
 };

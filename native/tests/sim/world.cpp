@@ -73,6 +73,7 @@ void World::build_network() {
         return pipes_.back().get();
     };
     const Weather control = weather(), payload = weather();
+    checker_.set_calm(control.most < 10 * kMs && control.stall_percent == 0 && control.capacity > 10'000);
     Pipe* a_to_b = pipe(control);
     Pipe* b_to_a = pipe(control);
     std::vector<std::pair<Pipe*, Pipe*>> of_a, of_b;
@@ -144,6 +145,10 @@ void World::plan_fate() {
             });
         }
     }
+    if (!memory_backend_ && random_.chance(3)) {
+        plan_replay();
+        return;
+    }
     if (!random_.chance(25)) {
         return;
     }
@@ -152,6 +157,19 @@ void World::plan_fate() {
         fate_ = Fate::cut;  // in one process both would be gone
     }
     clock_.at(random_.between(0, span_ + 5 * kMs), [this] { cut_link(); });
+}
+
+// A peer that breaks the rules: it sends a chunk a second time, and must be caught.
+void World::plan_replay() {
+    fate_ = Fate::cut;
+    auto& machine = machines_[random_.below(2)];
+    for (int i = 0; i < 20; ++i) {
+        machine->later(random_.between(0, span_), [this, &m = *machine] {
+            if (!checker_.rogue() && m.live() && m.replay_chunk()) {
+                checker_.set_rogue();
+            }
+        });
+    }
 }
 
 void World::cut_link() {
@@ -175,7 +193,7 @@ void World::cut_link() {
     }
 }
 
-std::vector<Row> World::choose(Machine& machine, const Flow& flow, Role role, bool mismatching) {
+std::vector<Row> World::choose(Machine& machine, const Flow& flow, Role role, bool mismatching, bool late) {
     std::vector<Row> rows;
     Memory& memory = machine.memory();
     std::vector<std::uint32_t> ids[2];
@@ -183,15 +201,15 @@ std::vector<Row> World::choose(Machine& machine, const Flow& flow, Role role, bo
         std::vector<std::uint32_t> free;
         for (std::uint32_t block = 0; block < Memory::kBlocks; ++block) {
             const bool fits = std::all_of(flow.layers.begin(), flow.layers.end(), [&](std::uint32_t layer) {
-                return role == Role::source ? memory.free_for_send(layer, block)
-                                            : memory.free_for_receive(layer, block);
+                return role == Role::source && !late ? memory.free_for_send(layer, block)
+                                                     : memory.free_for_receive(layer, block);
             });
             if (fits) free.push_back(block);
         }
         random_.shuffle(free);
         const std::size_t want = flow.blocks[group] + (mismatching ? 1 : 0);
         for (std::size_t i = 0; i < want && !free.empty(); ++i) {
-            const bool repeat = role == Role::source && i > 0 && random_.chance(10);
+            const bool repeat = role == Role::source && !late && i > 0 && random_.chance(10);
             ids[group].push_back(repeat ? ids[group].back() : free.back());
             if (!repeat) free.pop_back();
         }
@@ -216,7 +234,8 @@ void World::post(std::size_t index, Role role) {
         return;
     }
     const bool mismatching = random_.chance(3) && !flow.layers.empty();
-    std::vector<Row> rows = choose(machine, flow, role, mismatching);
+    const bool gated = role == Role::source && random_.chance(busy_percent_);
+    std::vector<Row> rows = choose(machine, flow, role, mismatching, gated);
     if (rows.size() != flow.layers.size()) {
         machine.later(3 * kMs, [this, index, role] { post(index, role); });
         return;
@@ -225,7 +244,7 @@ void World::post(std::size_t index, Role role) {
     RecordPtr record = machine.make(role, std::move(rows));
     record->history->mismatching = mismatching;
     dress(*record, flow);
-    if (role == Role::source && random_.chance(busy_percent_)) {
+    if (gated) {
         plan_gate(record);
     }
     flow.live[side] = record;
@@ -271,18 +290,29 @@ void World::plan_gate(const RecordPtr& record) {
         if (last && forgetful) {
             return;
         }
-        machine.later(when, [this, &machine, gate = record->open_gate, key = record->key, layer = order[i],
-                             n = i + 1, by_word, kicks, last, fails] {
+        machine.later(when, [this, &machine, weak = std::weak_ptr(record), gate = record->open_gate,
+                             key = record->key, layer = order[i], n = i + 1, by_word, kicks, last, fails] {
             if (last && fails) {
                 checker_.gate_failed(key);
                 gate->fail("prefill failed");
-            } else if (by_word) {
-                gate->word()->store(n);
             } else {
-                gate->mark(layer);
+                if (const auto alive = weak.lock()) produce(*alive, layer);
+                by_word ? gate->word()->store(n) : gate->mark(layer);
             }
-            if (kicks && machine.live()) last&& fails ? machine.fail_gates() : machine.kick_gates();
+            if (kicks && machine.live()) {
+                last&& fails ? machine.fail_gates() : machine.kick_gates();
+            }
         });
+    }
+}
+
+// The producer writes a layer's bytes, and only then releases it.
+void World::produce(Record& record, std::uint32_t layer) {
+    const History& h = *record.history;
+    for (const Row& row : h.rows) {
+        for (std::size_t i = 0; row.layer == layer && h.outcomes == 0 && i < row.blocks.size(); ++i) {
+            machines_[h.machine]->memory().write(layer, row.blocks[i], h.content.at({layer, i}));
+        }
     }
 }
 
@@ -324,6 +354,9 @@ void World::run(Totals& totals) {
 void World::check_end() {
     checker_.finish();
     const bool whole = fate_ == Fate::none;
+    if (checker_.rogue() && machines_[0]->live() && machines_[1]->live()) {
+        checker_.broken("a chunk was taken twice");
+    }
     for (const auto& machine : machines_) {
         if (machine->crashed()) {
             continue;

@@ -39,10 +39,13 @@ class World {
     void plan();
     void plan_flow(std::size_t index);
     void plan_fate();
+    void plan_replay();
     void post(std::size_t flow, protocol::Role role);
     void dress(Record& record, Flow& flow);
     void plan_gate(const RecordPtr& record);
-    std::vector<Row> choose(Machine& machine, const Flow& flow, protocol::Role role, bool mismatching);
+    std::vector<Row> choose(Machine& machine, const Flow& flow, protocol::Role role, bool mismatching,
+                            bool late);
+    void produce(Record& record, std::uint32_t layer);
     void over(const RecordPtr& record);
     void cut_link();
     void check_end();
