@@ -96,9 +96,8 @@ void Checker::check_times(const History& h) const {
                " ms: " + name(h));
     }
     const Cause cause = h.outcome.cause;
-    const Time bytes_limit = stalled_ == 0 ? h.limits.stall : 2 * h.limits.stall;  // a pause starts it anew
-    if (cause == Cause::timeout_bytes && h.moved_at >= 0 && h.over_at > h.moved_at + bytes_limit + late() &&
-        !h.gated) {
+    if (cause == Cause::timeout_bytes && h.moved_at >= 0 &&
+        h.over_at > h.moved_at + bytes_limit(h) + late() && !h.gated) {
         broken("the limit without bytes is passed: " + name(h));
     }
     const bool early = (cause == Cause::timeout_match && lived < h.limits.match) ||
@@ -229,7 +228,7 @@ void Checker::finish() const {
         // A source whose destination copies sees no bytes: only the heartbeat tells it.
         const bool has_clock = !(memory_backend_ && h.role == Role::source);
         if (cut_at_ >= 0 && has_clock &&
-            h.over_at > std::max(cut_at_, h.posted_at) + 2 * h.limits.match + h.limits.stall + late()) {
+            h.over_at > std::max(cut_at_, h.posted_at) + 2 * h.limits.match + bytes_limit(h) + late()) {
             broken("outlives a dead link: " + name(h));
         }
     }

@@ -74,6 +74,10 @@ class Checker {
     // After a pause of our own the last words are waited for anew.
     Time late() const noexcept { return stalled_ == 0 ? 100 * kMs : stalled_ + 200 * kMs; }
 
+    Time bytes_limit(const History& h) const noexcept {
+        return stalled_ == 0 ? h.limits.stall : 2 * h.limits.stall;
+    }
+
     Clock& clock_;
     bool memory_backend_;
     std::deque<Entry> all_;

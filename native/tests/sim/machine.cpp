@@ -400,7 +400,7 @@ void Machine::write_lane(Lane& lane) {
     lane.out.write(bytes.data(), n);
     lane.chunk.insert(lane.chunk.end(), bytes.begin(), bytes.end());
     lane.tx_busy = true;
-    const Time gap = while_unlocked();
+    const Time gap = random_.chance(40) ? setup_.slow : while_unlocked();
     if (gap == 0) {
         wrote(lane, n);
     } else {
@@ -413,6 +413,7 @@ void Machine::wrote(Lane& lane, std::size_t n) {
     guarded([&] {
         if (lane.writer.wrote(n)) {
             lane.last_chunk = std::exchange(lane.chunk, {});
+            replay(lane);
         }
     });
     settle();
@@ -462,16 +463,15 @@ void Machine::got(Lane& lane, std::size_t n) {
     }
 }
 
-bool Machine::replay_chunk() {
-    for (const auto& lane : lanes_) {
-        if (lane->writer.idle() && !lane->tx_busy && !lane->last_chunk.empty() &&
-            lane->out.room() >= lane->last_chunk.size()) {
-            clock_.trace("%c sends a chunk again", 'A' + static_cast<int>(index_));
-            lane->out.write(lane->last_chunk.data(), lane->last_chunk.size());
-            return true;
-        }
+void Machine::become_rogue() { rogue_ = true; }
+
+// A rogue sends its next whole chunk twice, once.
+void Machine::replay(Lane& lane) {
+    if (rogue_ && !checker_.rogue() && !closed_ && lane.out.room() >= lane.last_chunk.size()) {
+        clock_.trace("%c sends a chunk again", 'A' + static_cast<int>(index_));
+        lane.out.write(lane.last_chunk.data(), lane.last_chunk.size());
+        checker_.set_rogue();
     }
-    return false;
 }
 
 // ---- copies, as a memory backend

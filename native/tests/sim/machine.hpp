@@ -45,7 +45,7 @@ class Machine {
     void take_messages();
     void kick_gates();
     void fail_gates();
-    bool replay_chunk();
+    void become_rogue();
     void catch_rogue();
     std::function<void(const RecordPtr&)> on_over;
 
@@ -80,6 +80,7 @@ class Machine {
     void receive_inline(const protocol::Header& header, const std::byte* body,
                         const protocol::Trailer& trailer);
     void write_lane(Lane& lane);
+    void replay(Lane& lane);
     void wrote(Lane& lane, std::size_t n);
     void read_lane(Lane& lane);
     void got(Lane& lane, std::size_t n);
@@ -107,7 +108,8 @@ class Machine {
     std::vector<std::unique_ptr<Lane>> lanes_;
     protocol::Bytes rx_, tx_;
     std::size_t tx_at_ = 0;
-    bool closed_ = false, crashed_ = false, polling_ = false, reading_control_ = false, settling_ = false;
+    bool rogue_ = false, closed_ = false, crashed_ = false, polling_ = false, reading_control_ = false,
+         settling_ = false;
     unsigned copiers_ = 0;
     Time stalled_until_ = 0, timer_at_ = protocol::kNever;
     std::vector<std::shared_ptr<protocol::Message>> messages_;
