@@ -239,7 +239,10 @@ class Script {
         if (gates_.empty()) return;
         Gate& gate = *gates_[op.a % gates_.size()];
         switch (op.b % 4) {
-            case 0: gate.fail("failed"); break;
+            case 0:
+                gate.fail("failed");
+                session_.fail_gates(now_);
+                break;
             case 1: gate.word()->store(std::max<std::uint64_t>(gate.word()->load(), op.c % 5u)); break;
             default: gate.mark(op.c % 4u);
         }
@@ -429,6 +432,12 @@ class Script {
         }
         while (!jobs_.empty()) finish_job({});
         while (!targets_.empty()) lane_ends({});
+        collect();
+        post({}, Role::source);  // a lost session ends at once what is posted
+        post({}, Role::destination);
+        post_message({});
+        collect();
+        while (!quiescing_.empty()) answer_quiescing(0);
         collect();
         for (const RecordPtr& mine : records_) demand(mine->outcomes == 1, "a transfer without an outcome");
         demand(session_.unfinished() == 0 && session_.tombstones() == 0, "a lost session keeps transfers");
