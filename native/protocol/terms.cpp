@@ -9,10 +9,12 @@ namespace kvt::protocol {
 
 namespace {
 
+// Groups ascend in checked terms: a peer's thousand groups times its thousand layers would cost us half a
+// millisecond a frame.
 const Terms::Group* group_in(const Terms& terms, std::uint16_t index) noexcept {
-    const auto found = std::find_if(terms.groups.begin(), terms.groups.end(),
-                                    [&](const Terms::Group& g) { return g.index == index; });
-    return found == terms.groups.end() ? nullptr : &*found;
+    const auto found = std::lower_bound(terms.groups.begin(), terms.groups.end(), index,
+                                        [](const Terms::Group& g, std::uint16_t i) { return g.index < i; });
+    return found == terms.groups.end() || found->index != index ? nullptr : &*found;
 }
 
 std::uint32_t blocks_of(const PoolTerms& pool, const Terms& terms, const Terms::Layer& layer) noexcept {
@@ -107,9 +109,9 @@ Difference compare_layer(const Side& source, const Terms::Layer& theirs, const S
 
 std::string check_terms(const PoolTerms& pool, const Terms& terms) {
     for (std::size_t i = 0; i < terms.groups.size(); ++i) {
-        if (terms.groups[i].index >= pool.groups.size() ||
-            group_in(terms, terms.groups[i].index) != &terms.groups[i]) {
-            return "a transfer's terms name a group twice or one that isn't there";
+        const bool ascends = i == 0 || terms.groups[i - 1].index < terms.groups[i].index;
+        if (terms.groups[i].index >= pool.groups.size() || !ascends) {
+            return "a transfer's terms name a group twice, out of order, or one that isn't there";
         }
     }
     constexpr std::uint64_t kMost = std::uint64_t{1} << 62;

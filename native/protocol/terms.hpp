@@ -45,7 +45,7 @@ struct Terms {
         std::uint64_t piece_nbytes = 0;
     };
     std::uint64_t pool = 0;
-    std::vector<Group> groups;  // those in use
+    std::vector<Group> groups;  // those in use, ascending
     std::vector<Layer> layers;  // in stream order
 };
 
