@@ -360,20 +360,26 @@ void Machine::receive_inline(const Header& header, const std::byte* body, const 
 
 // ---- lanes
 
+// False when there is nothing to write.
+bool Machine::start_chunk(Lane& lane) {
+    std::optional<ChunkJob> job;
+    guarded([&] { job = session_.next_chunk(clock_.now()); });
+    if (!job) {
+        return false;
+    }
+    job->transfer->moved_at = clock_.now();
+    lane.writing = std::static_pointer_cast<Record>(job->transfer);
+    lane.writer.start(std::move(*job));
+    return true;
+}
+
 void Machine::write_lane(Lane& lane) {
     lane.tx_planned = false;
     if (closed_ || lane.tx_busy) {
         return;
     }
-    if (lane.writer.idle()) {
-        std::optional<ChunkJob> job;
-        guarded([&] { job = session_.next_chunk(clock_.now()); });
-        if (!job) {
-            return;
-        }
-        job->transfer->moved_at = clock_.now();
-        lane.writing = std::static_pointer_cast<Record>(job->transfer);
-        lane.writer.start(std::move(*job));
+    if (lane.writer.idle() && !start_chunk(lane)) {
+        return;
     }
     const std::size_t room = lane.out.room();
     if (room == 0) {

@@ -79,6 +79,7 @@ class Machine {
     bool parse_one();
     void receive_inline(const protocol::Header& header, const std::byte* body,
                         const protocol::Trailer& trailer);
+    bool start_chunk(Lane& lane);
     void write_lane(Lane& lane);
     void replay(Lane& lane);
     void wrote(Lane& lane, std::size_t n);
