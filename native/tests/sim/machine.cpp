@@ -416,6 +416,9 @@ void Machine::write_lane(Lane& lane) {
 
 void Machine::wrote(Lane& lane, std::size_t n) {
     lane.tx_busy = false;
+    if (const auto record = lane.writing.lock()) {
+        record->history->moved_at = clock_.now();
+    }
     guarded([&] {
         if (lane.writer.wrote(n)) {
             lane.last_chunk = std::exchange(lane.chunk, {});
