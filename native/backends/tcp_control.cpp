@@ -50,6 +50,7 @@ void TcpControl::on_events(std::uint32_t events) {
         }
         set_interest();
         flush();
+        host_.settle();  // what waited for room in the outbox has some now
     }
     if ((events & (EPOLLIN | EPOLLHUP | EPOLLERR)) == 0 || !rx_mutex_.try_lock()) {
         return;  // another thread reads, and looks again before it leaves
