@@ -90,7 +90,7 @@ class Config:
     lanes, chunk_nbytes, movers: see `default_lanes`, `default_chunk_nbytes`, `default_movers`; the smaller
         of the two sides' lanes and chunks is used.
     cpus: the cores that native threads may run on; None: all of the process's.
-    socket_buffer_nbytes: of each data socket; None: as the system sizes them.
+    socket_buffer_nbytes: of each data socket; None: what suits loopback, else as the system sizes them.
     failover, reconnect: without effect until an Endpoint can do them.
     dead_after_s: a peer that is silent for so long is lost (it is pinged all the time).
     handshake_timeout_s: for a stranger, from accept to the end of the handshake. `connect` has its own

@@ -1,11 +1,8 @@
 #include "backends/tcp.hpp"
 
-#include <arpa/inet.h>
-#include <netinet/in.h>
-#include <netinet/tcp.h>
-#include <sys/socket.h>
-
 #include <utility>
+
+#include "backends/tcp_tuning.hpp"
 
 namespace kvt::backends {
 
@@ -13,35 +10,6 @@ namespace {
 
 // A transfer of one chunk is written by the thread that posts it: no wake-up before the first byte.
 constexpr std::uint64_t kWriteHereNbytes = 256u << 10;
-
-bool on_loopback(int fd) {
-    sockaddr_storage peer{};
-    socklen_t length = sizeof peer;
-    if (::getpeername(fd, reinterpret_cast<sockaddr*>(&peer), &length) != 0) {
-        return false;
-    }
-    if (peer.ss_family == AF_INET) {
-        const auto& v4 = reinterpret_cast<const sockaddr_in&>(peer);
-        return (ntohl(v4.sin_addr.s_addr) >> 24) == 127;
-    }
-    return peer.ss_family == AF_INET6 &&
-           IN6_IS_ADDR_LOOPBACK(&reinterpret_cast<const sockaddr_in6&>(peer).sin6_addr) != 0;
-}
-
-void tune(int fd, int buffer_nbytes) {
-    const int one = 1;
-    // Fails on unix sockets, which have no such delay.
-    ::setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
-    if (on_loopback(fd)) {
-        // Where BBR is the system's choice it paces even loopback: 0.27 to 0.70 of the raw limit, and CPU per
-        // GB from 1.75 to 1.08 of it. Any user may choose reno; between hosts the system's choice stands.
-        ::setsockopt(fd, IPPROTO_TCP, TCP_CONGESTION, "reno", 4);
-    }
-    if (buffer_nbytes > 0) {
-        ::setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &buffer_nbytes, sizeof buffer_nbytes);
-        ::setsockopt(fd, SOL_SOCKET, SO_RCVBUF, &buffer_nbytes, sizeof buffer_nbytes);
-    }
-}
 
 }  // namespace
 
@@ -52,7 +20,7 @@ TcpPath::TcpPath(std::shared_ptr<PathHost> host, EventLoop& reactor, std::vector
       reactor_(reactor),
       movers_(std::move(movers)),
       options_(std::move(options)) {
-    tune(control.get(), 0);
+    tune_control(control.get());
     control_ = std::make_shared<TcpControl>(host_, host, reactor_, std::move(control));
     reserved_.assign(options_.lanes, false);
 }
@@ -75,7 +43,7 @@ void TcpPath::add_lane(Fd fd, std::uint32_t number) {
     if (!host) {
         return;
     }
-    tune(fd.get(), options_.socket_buffer_nbytes);
+    tune_lane(fd.get(), options_.socket_buffer_nbytes);
     auto lane = std::make_shared<TcpLane>(host_, host, *movers_[number % movers_.size()], std::move(fd),
                                           options_.digest);
     {

@@ -94,6 +94,7 @@ class TcpLane final : public Pollable,
   private:
     enum class Turn { idle, more, dead };
     bool start_next();
+    bool wait_for_room(bool& full);
     Turn read_turn();
     std::size_t read_once(iovec* iov, std::string& wrong);
     Turn write_turn(const protocol::Staging& staging, std::size_t budget, bool one_chunk);

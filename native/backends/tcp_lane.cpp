@@ -21,10 +21,9 @@ constexpr const char* kProtocol = "protocol: ";
 // What a turn may move before the lane's neighbours and the other direction get theirs.
 constexpr std::size_t kTurnNbytes = 1u << 20;
 
-// With digests a piece of I/O must still be in the second-level cache when it is digested (512 KiB lost 15
-// %).
+// With digests a piece of I/O must still be in the second-level cache when it is sent or digested.
 std::size_t io_nbytes_for(protocol::DigestKind digest) {
-    return digest == protocol::DigestKind::none ? 1u << 20 : 256u << 10;
+    return digest == protocol::DigestKind::none ? 1u << 20 : 512u << 10;
 }
 
 }  // namespace
@@ -144,6 +143,17 @@ bool TcpLane::start_next() {
     return true;
 }
 
+// The socket is full, or broken: then the reading side says so. The mover's thread takes the edge that ends
+// it, so there it can't come between the call and this store; elsewhere it can: look once more before waiting
+// for it.
+bool TcpLane::wait_for_room(bool& full) {
+    if (!mover_.on_this_thread() && std::exchange(full, true)) {
+        return true;
+    }
+    writable_.store(false);
+    return mover_.on_this_thread();
+}
+
 TcpLane::Turn TcpLane::write_turn(const protocol::Staging& staging, std::size_t budget, bool one_chunk) {
     const std::lock_guard lock(tx_mutex_);
     iovec iov[kIov];
@@ -161,13 +171,9 @@ TcpLane::Turn TcpLane::write_turn(const protocol::Staging& staging, std::size_t 
             continue;
         }
         if (n < 0) {
-            // Full, or broken: then the reading side says so. The edge that ends it may have come between the
-            // call and this store, from the mover's thread while another writes: look once more before
-            // waiting for one.
-            if (std::exchange(full, true)) {
+            if (wait_for_room(full)) {
                 return Turn::idle;
             }
-            writable_.store(false);
             continue;
         }
         if (std::exchange(full, false)) {

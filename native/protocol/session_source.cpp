@@ -239,9 +239,7 @@ std::optional<ChunkJob> Session::cut(std::deque<TransferPtr>& queue, std::uint64
             (transfer->state != State::matched && transfer->state != State::moving)) {
             continue;
         }
-        const bool digests = config_.digest != DigestKind::none;
-        const std::uint64_t chunk = std::min(
-            most, chunk_nbytes_for(transfer->nbytes, digests, config_.chunk_nbytes));
+        const std::uint64_t chunk = std::min(most, chunk_nbytes_for(transfer->nbytes, config_.chunk_nbytes));
         ChunkJob job{transfer, transfer->pending.take_front(chunk), {}};
         job.header.type = FrameType::chunk;
         job.header.attempt = transfer->attempt;
