@@ -1,5 +1,5 @@
-"""The memory of one side: tensors in one arena of plain anonymous memory, the pattern of the source, the
-check of every byte.
+"""The memory of one side: tensors in one arena of plain anonymous memory that begins at a page, as the raw
+limits' does, the pattern of the source, the check of every byte.
 
 Invariant: a word of the source is a function of (tensor, block, word index) alone, so the destination's
 process checks what arrived without the source. No source word is zero, and the destination is zeroed before
@@ -7,6 +7,8 @@ each run, so what did not arrive shows, and so does what landed outside.
 """
 
 from __future__ import annotations
+
+import mmap
 
 import numpy as np
 import numpy.typing as npt
@@ -30,7 +32,9 @@ class Arena:
         self.side: Side = side
         self.blocks = case.side_blocks(side)
         self.block_nbytes = case.side_block_nbytes(side)
-        self.data: Bytes = np.empty(case.side_nbytes(side), dtype=np.uint8)
+        self._memory = mmap.mmap(-1, case.side_nbytes(side), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._memory.madvise(mmap.MADV_HUGEPAGE)
+        self.data: Bytes = np.frombuffer(self._memory, dtype=np.uint8)
         self.tensors: Bytes = self.data.reshape(case.tensors, self.blocks, self.block_nbytes)
         if side == "src":
             self.fill()

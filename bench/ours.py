@@ -12,11 +12,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bench.cases import LATENCY_BATCH, Case
+from bench.cases import LATENCY_BATCH, WARM_UP, Case
 from bench.process import WorkerError, WorkerProcess
 from bench.sample import Sample
 
 SETTLE_S = 0.01  # what was posted has reached the other side
+LANES = 2  # what R2 has, and the library's default
 
 # Which threads of a latency case are pinned: the two ends on different cores, as the limit's are. (c) is
 # one hop between the two waiting threads, so all of a process goes to its core. (b) uses two lanes: pinning
@@ -28,11 +29,17 @@ PIN_MAIN = {"b", "g"}
 BACKENDS = ("tcp", "tcp-digest", "unix", "inproc")
 
 
-def config_of(backend: str, extra: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the Config of a backend's name: protection plain unless the name says digest."""
-    protection = "digest" if backend.endswith("-digest") else "plain"
-    kind = "inproc" if backend == "inproc" else "tcp"
-    return {"backends": [kind], "protection": protection, **extra}
+def config_of(backend: str, extra: Mapping[str, Any], case: Case | None = None) -> dict[str, Any]:
+    """Return the Config of a backend's name: protection plain unless the name says digest. In cases of
+    bandwidth the movers are pinned, one a core, as the raw limit's threads are.
+    """
+    config: dict[str, Any] = {
+        "backends": ["inproc" if backend == "inproc" else "tcp"],
+        "protection": "digest" if backend.endswith("-digest") else "plain",
+    }
+    if case is not None and not case.latency and backend != "inproc":
+        config["cpus"] = sorted(os.sched_getaffinity(0))[:LANES]
+    return config | dict(extra)
 
 
 def two_cores() -> tuple[list[int], list[int]]:
@@ -46,7 +53,7 @@ class Pair:
 
     def __init__(self, backend: str, case: Case, config: Mapping[str, Any], open_now: bool = True) -> None:
         self.backend = backend
-        self.config = config_of(backend, config)
+        self.config = config_of(backend, config, case)
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self.src = WorkerProcess(f"{backend} src", sys.executable, "bench.worker")
         try:
@@ -90,7 +97,11 @@ class Pair:
             worker.call("pin", cpus=cpus, main_only=main_only)
 
     def transfer(self, seed: int, timeout: float = 180.0) -> Sample:
-        """Receive posted first, then send; bytes verified."""
+        """Warm up as the raw limit does (other ids), then receive posted first, send, bytes verified."""
+        self._once(seed + WARM_UP, timeout)
+        return self._once(seed, timeout)
+
+    def _once(self, seed: int, timeout: float) -> Sample:
         self.dst.start("receive", seed=seed)
         self.dst.read_reply(timeout)
         time.sleep(SETTLE_S)

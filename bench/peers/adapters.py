@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from bench.cases import LATENCY_BATCH, Case
+from bench.cases import LATENCY_BATCH, WARM_UP, Case
 from bench.peers.setup import VENV_PYTHON
 from bench.process import WorkerError, WorkerProcess
 from bench.sample import Sample
@@ -91,6 +91,8 @@ class Peer:
     def run(self, case: Case, seed: int) -> Sample:
         count = LATENCY_BATCH if case.latency else 0
         destination = self._workers["dst"]
+        if not count:  # as the raw limit and kvtransport: the same work once before it is measured
+            self._initiator.call("run", RUN_LIMIT_S, operation=self._setup.operation, seed=seed + WARM_UP)
         destination.call("wipe")
         before = self._target.call("usage")["cpu_s"]
         do = "run_batch" if count else "run"
