@@ -51,7 +51,8 @@ void Session::messages_taken(std::uint64_t nbytes) {
 }
 
 void Session::on_message_ack(const Header& header, Time now) {
-    if (header.total > message_bytes_sent_ || header.transfer >= next_message_) {
+    const std::uint64_t unsent = messages_.empty() ? next_message_ : messages_.front()->number;
+    if (header.total > message_bytes_sent_ || header.transfer >= unsent) {
         throw Violation("a MESSAGE_ACK is for what wasn't sent");
     }
     message_bytes_taken_ = std::max(message_bytes_taken_, header.total);

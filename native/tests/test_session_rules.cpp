@@ -276,6 +276,21 @@ TEST_CASE("a digest of another kind, an aborted chunk, and too many pieces") {
     CHECK(bad->corrupt.ranges().size() <= 10'000);
 }
 
+TEST_CASE("a MESSAGE_ACK for a message that is posted and not sent") {
+    SessionConfig config;
+    config.message_window_nbytes = message_charge(10);
+    Hostile h(config);
+    for (int i = 0; i < 2; ++i) {
+        auto message = std::make_shared<Message>();
+        message->data = Bytes(10);
+        h.party.session.post_message(message, 0);
+        h.party.settle();
+    }
+    CHECK_THROWS_AS(h.say(FrameType::message_ack, 0, 2, 0, 0), Violation);
+    h.say(FrameType::message_ack, 0, 1, 0, 0);
+    CHECK(h.party.messages_done.size() == 1);
+}
+
 TEST_CASE("chunks name their offer: another's, or two, is a violation") {
     Hostile h;
     h.offer("other");
