@@ -353,13 +353,19 @@ void Session::on_gated(const Header& header, Time now) {
         return;
     }
     note_offer(*transfer, header.arg);
-    transfer->gate_shut = (header.flags & kGateShut) != 0;
-    if (transfer->gate_shut) {
-        transfer->waits_since = now;
-    } else {
-        transfer->moved_at = now;
+    const bool shut = (header.flags & kGateShut) != 0;
+    // A word that only repeats what is known moves no clock: a source could hold us for ever with it.
+    if (transfer->state == State::posted) {
+        apply(transfer, Event::match, now);
     }
-    apply(transfer, Event::match, now);
+    if (transfer->gate_shut != shut) {
+        transfer->gate_shut = shut;
+        if (shut) {
+            transfer->waits_since = now;
+        } else {
+            transfer->moved_at = now;
+        }
+    }
     watch(*transfer);
     if (transfer->held && !transfer->gate_shut) {
         transfer->held = false;

@@ -305,6 +305,21 @@ TEST_CASE("chunks name their offer: another's, or two, is a violation") {
     CHECK(destination->outcome.cause == Cause::ok);
 }
 
+TEST_CASE("a GATED that repeats what is known moves no clock") {
+    for (const bool shut : {true, false}) {
+        Hostile h;
+        const auto destination = h.post(Role::destination);
+        const Time limit = shut ? 300 * kSecond : 10 * kSecond;
+        for (const Time now : {kSecond, kSecond + limit / 2}) {
+            h.party.session.receive({FrameType::gated, shut ? kGateShut : std::uint8_t{0}, 0, 0, 1}, {}, now);
+        }
+        h.party.session.on_time(limit);
+        CHECK(destination->undecided());
+        h.party.session.on_time(kSecond + limit);
+        CHECK(destination->outcome.cause == (shut ? Cause::timeout_gate : Cause::timeout_bytes));
+    }
+}
+
 TEST_CASE("M9: offers, wants, pools, messages and answers are bounded") {
     SUBCASE("wants") {
         Hostile h;
