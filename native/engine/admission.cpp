@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <span>
 #include <string>
 #include <utility>
 
@@ -25,6 +26,23 @@ constexpr char kJoinMagic[8] = {'K', 'V', 'T', 'J', 'O', 'I', 'N', '\0'};
 constexpr std::uint8_t kRoleControl = 1;
 constexpr std::uint8_t kRoleLane = 2;
 constexpr std::size_t kRoleAt = 12;
+constexpr std::uint16_t kVersion = 1;
+constexpr std::uint8_t kNullSuite = 1;
+
+bool all_zero(std::span<const std::byte> bytes) noexcept {
+    return std::all_of(bytes.begin(), bytes.end(), [](std::byte b) { return b == std::byte{0}; });
+}
+
+// The preamble and JOIN of a lane. What a control connection's has is for Python to read.
+bool is_well_formed_lane(std::span<const std::byte> raw) noexcept {
+    const auto lowest = protocol::load_le<std::uint16_t>(raw.data() + 8);
+    const auto highest = protocol::load_le<std::uint16_t>(raw.data() + 10);
+    const auto suites = static_cast<std::uint8_t>(raw[13]);
+    return lowest >= 1 && lowest <= kVersion && highest >= kVersion && (suites & kNullSuite) != 0 &&
+           all_zero(raw.subspan(14, 2)) && (suites != kNullSuite || all_zero(raw.subspan(16, 16))) &&
+           all_zero(raw.subspan(Admission::kPreambleNbytes + 20, 4)) &&
+           all_zero(raw.subspan(Admission::kPreambleNbytes + 40, 24));
+}
 
 }  // namespace
 
@@ -70,7 +88,7 @@ class Admission::Stranger final : public Pollable {
             }
             if (role == kRoleControl) {
                 owner_.hand_over(*this);
-            } else if (role == kRoleLane) {
+            } else if (role == kRoleLane && is_well_formed_lane(raw)) {
                 owner_.join(*this);
             } else {
                 owner_.forget(*this);

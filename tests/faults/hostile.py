@@ -24,7 +24,7 @@ class Hostile:
     def __init__(self, where: str) -> None:
         host, _, port = where.rpartition(":")
         self._place = (host, int(port))
-        self.control = self._dial()
+        self.control = self.dial()
         self.lane: socket.socket | None = None
         hello = Hello(
             incarnation=os.urandom(16),
@@ -38,14 +38,24 @@ class Hostile:
         self.incarnation = hello.incarnation
         self.session_id = self._greet(hello)
 
+    def dial(self) -> socket.socket:
+        """Connect once more, and say nothing."""
+        sock = socket.create_connection(self._place, timeout=LIMIT_S)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return sock
+
     def join(self) -> socket.socket:
         """Bring the lane."""
-        self.lane = self._dial()
-        preamble = Preamble(messages.VERSION_MIN, messages.VERSION_MAX, Kind.LANE, SUITE_NULL)
-        self.lane.sendall(preamble.encode() + messages.encode_join(self.session_id, 0, os.urandom(16)))
+        self.lane = self.dial()
+        self.lane.sendall(self.join_bytes())
         answer = self.lane.recv(messages.JOIN_ANSWER_NBYTES, socket.MSG_WAITALL)
         assert messages.parse_join_answer(answer).ok
         return self.lane
+
+    def join_bytes(self) -> bytes:
+        """Return what a lane says first."""
+        preamble = Preamble(messages.VERSION_MIN, messages.VERSION_MAX, Kind.LANE, SUITE_NULL)
+        return preamble.encode() + messages.encode_join(self.session_id, 0, os.urandom(16))
 
     def closed(self) -> bool:
         """Read whatever else comes; return True once the other end has closed."""
@@ -63,11 +73,6 @@ class Hostile:
         for sock in (self.control, self.lane):
             if sock is not None:
                 sock.close()
-
-    def _dial(self) -> socket.socket:
-        sock = socket.create_connection(self._place, timeout=LIMIT_S)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return sock
 
     def _greet(self, hello: Hello) -> bytes:
         machine = Handshake(Role.INITIATOR, hello, NullSuite())

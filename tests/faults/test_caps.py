@@ -191,6 +191,36 @@ def test_caps_cut_frames(scene, nbytes):
     scene.ends_with(PeerLost, say)
 
 
+def changed(data, at, new):
+    return data[:at] + new + data[at + len(new) :]
+
+
+JOIN = {
+    "no version": (8, b"\0\0"),
+    "versions backwards": (8, b"\2\0\1\0"),
+    "later versions only": (8, b"\2\0\3\0"),
+    "keys only": (13, b"\2"),
+    "no suite": (13, b"\0"),
+    "zeros of the preamble": (14, b"\1"),
+    "key id of no key": (31, b"\1"),
+    "zeros after the lane": (32 + 20, b"\1"),
+    "zeros at the end": (32 + 63, b"\1"),
+}
+
+
+@pytest.mark.parametrize(("at", "new"), JOIN.values(), ids=JOIN)
+def test_caps_a_malformed_join_is_closed_without_a_word(scene, at, new):
+    """The lane may still come: the session isn't touched."""
+    with Hostile(scene.where) as peer:
+        connection = scene.endpoint.accept(timeout=LIMIT_S)
+        with peer.dial() as lane:
+            lane.sendall(changed(peer.join_bytes(), at, new))
+            assert lane.recv(16) == b""
+        peer.join()
+        assert connection.state == "open"
+    until(lambda: scene.endpoint.connections() == [scene.connection])
+
+
 def test_caps_nothing_is_left_of_them(scene):
     """Descriptors and threads are what they were."""
     scene.ends_with(RemoteProtocolError, on_lane(header(0)))
