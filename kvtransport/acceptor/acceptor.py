@@ -36,7 +36,7 @@ from kvtransport.errors import ConnectionClosed, KVTransportError
 from kvtransport.protocol import messages
 from kvtransport.protocol.auth import NullSuite
 from kvtransport.protocol.handshake import Handshake
-from kvtransport.protocol.messages import Hello, Role, printable
+from kvtransport.protocol.messages import Hello, Limits, Role, printable
 from kvtransport.types import Peer, Protection
 
 if TYPE_CHECKING:
@@ -188,6 +188,11 @@ class Acceptor:
             name=self.reachability.hostname,
             addresses=self.addresses(),
             features=self._places.names,
+            limits=Limits(
+                max_unmatched=config.max_unmatched,
+                max_regions=config.max_regions,
+                max_message_queue_nbytes=config.max_message_queue_nbytes,
+            ),
         )
 
     def open(self, sock: socket.socket, found: Found, wanted: Wanted | None) -> _native.Session:

@@ -18,7 +18,7 @@ import struct
 from typing import Annotated, Final, TypeAlias
 
 import msgspec
-from msgspec import Meta, Struct
+from msgspec import UNSET, Meta, Struct, UnsetType
 
 from kvtransport.errors import RemoteProtocolError
 from kvtransport.types import Protection
@@ -41,6 +41,8 @@ LANES_MAX: Final = 64
 ADDRESSES_MAX: Final = 16
 CHUNK_MIN_NBYTES: Final = 64
 CHUNK_MAX_NBYTES: Final = 1 << 20
+UNMATCHED_MAX: Final = 1 << 20
+REGIONS_MAX: Final = 65_536
 CONFIRM_TEXT: Final = b"ok"
 
 _PREAMBLE = struct.Struct("<8sHHBBH16s")
@@ -149,6 +151,17 @@ class Reachability(Struct, frozen=True, kw_only=True):
     user_ns: _U63 = 0
 
 
+class Limits(Struct, frozen=True, kw_only=True):
+    """What a side lets its peer make it keep; the peer holds itself back so that it stays within.
+
+    The defaults are those of a HELLO that says nothing of it.
+    """
+
+    max_unmatched: Annotated[int, Meta(ge=1, le=UNMATCHED_MAX)] = 1024
+    max_regions: Annotated[int, Meta(ge=1, le=REGIONS_MAX)] = 1024
+    max_message_queue_nbytes: Annotated[int, Meta(ge=1 << 20, le=1 << 40)] = 64 << 20
+
+
 class Hello(Struct, frozen=True, kw_only=True, tag="hello", tag_field="type"):
     """What each side says of itself; the initiator's comes second, and means that it wants this session."""
 
@@ -163,6 +176,11 @@ class Hello(Struct, frozen=True, kw_only=True, tag="hello", tag_field="type"):
     capabilities: _U63 = 0
     addresses: Annotated[tuple[_Address, ...], Meta(max_length=ADDRESSES_MAX)] = ()
     features: Annotated[tuple[_Word, ...], Meta(max_length=32)] = ()
+    limits: Limits | UnsetType = UNSET
+
+    def holds_peer_to(self) -> Limits:
+        """Return its limits, said or not."""
+        return Limits() if self.limits is UNSET else self.limits
 
 
 class Accept(Struct, frozen=True, kw_only=True, tag="accept", tag_field="type"):

@@ -4,6 +4,7 @@ rules of docs/reference/wire.md alone (native/tests/test_golden.cpp holds the co
 import struct
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from kvtransport._native import crc32c
@@ -16,6 +17,7 @@ from kvtransport.protocol.messages import (
     Hello,
     JoinAnswer,
     Kind,
+    Limits,
     Preamble,
     Reachability,
     Reject,
@@ -72,6 +74,9 @@ def hello(who: int) -> Hello:
 ACCEPT = Accept(session_id=bytes(range(16)), version=1, protection="digest", lanes=2, chunk_nbytes=1 << 20)
 RECORDS = {
     "hello": hello(1),
+    "hello, with limits": msgspec.structs.replace(
+        hello(1), limits=Limits(max_unmatched=64, max_regions=2048, max_message_queue_nbytes=1 << 20)
+    ),
     "accept": ACCEPT,
     "reject": Reject(field="version", reason="upgrade the older side"),
     "confirm": Confirm(),

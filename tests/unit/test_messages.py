@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from kvtransport.errors import RemoteProtocolError
 from kvtransport.protocol import messages
-from kvtransport.protocol.messages import Accept, Confirm, Hello, Kind, Preamble, Reachability, Reject
+from kvtransport.protocol.messages import Accept, Confirm, Hello, Kind, Limits, Preamble, Reachability, Reject
 
 HELLO = Hello(
     incarnation=bytes(range(16)),
@@ -26,6 +26,7 @@ HELLO = Hello(
 )
 RECORDS = (
     HELLO,
+    msgspec.structs.replace(HELLO, limits=Limits(max_unmatched=1, max_regions=65_536)),
     Accept(session_id=bytes(16), version=1, protection="plain", lanes=1, chunk_nbytes=4096),
     Reject(field="version", reason="too old"),
     Confirm(),
@@ -79,6 +80,15 @@ def test_records_survive(record):
     assert messages.parse_record(messages.encode_record(record)) == record
 
 
+def test_limits_that_are_not_said_are_the_defaults():
+    assert HELLO.holds_peer_to() == Limits() == Limits(max_unmatched=1024, max_regions=1024)
+    fields = msgspec.msgpack.decode(messages.encode_record(HELLO))
+    assert "limits" not in fields
+    read = messages.parse_record(msgspec.msgpack.encode({**fields, "limits": {"max_regions": 9, "new": 1}}))
+    assert isinstance(read, Hello)
+    assert read.holds_peer_to() == Limits(max_regions=9)
+
+
 def test_unknown_fields_are_skipped():
     fields = msgspec.msgpack.decode(messages.encode_record(HELLO))
     fields["of_a_later_version"] = {"a": [1, {"b": b"c"}]}
@@ -115,6 +125,13 @@ def test_unknown_fields_are_skipped():
         {"reachability": {"pid": -1}},
         {"reachability": {"uid": 2**32}},
         {"reachability": {"hostname": "\u2028"}},
+        {"limits": None},
+        {"limits": {"max_unmatched": 0}},
+        {"limits": {"max_unmatched": (1 << 20) + 1}},
+        {"limits": {"max_regions": 0}},
+        {"limits": {"max_regions": 65_537}},
+        {"limits": {"max_message_queue_nbytes": (1 << 20) - 1}},
+        {"limits": {"max_message_queue_nbytes": (1 << 40) + 1}},
         {"type": "goodbye"},
         {"type": None},
     ],
