@@ -54,6 +54,8 @@ class Engine:
         dead_after_s: float,
         handshake_timeout_s: float,
         max_pending: int = 64,
+        max_unmatched: int = 1024,
+        max_regions: int = 1024,
     ) -> None: ...
     def add_listener(self, fd: int) -> int: ...
     def remove_listener(self, listener_id: int) -> None: ...
@@ -73,8 +75,8 @@ class Engine:
         peer_pid: int,
         peer_caps: int,
         backend: str = "tcp",
-        max_unmatched: int = 1024,
-        max_regions: int = 1024,
+        peer_max_unmatched: int = 1024,
+        peer_max_regions: int = 1024,
         socket_buffer_nbytes: int = 0,
     ) -> Session: ...
     def open_inproc_pair(
@@ -93,20 +95,6 @@ class Engine:
 class Session:
     @property
     def id(self) -> bytes: ...
-    def attach(
-        self,
-        control_fd: int,
-        *,
-        session_id: bytes,
-        protection: str,
-        lanes: int,
-        chunk_nbytes: int,
-        peer_pid: int,
-        backend: str = "tcp",
-        max_unmatched: int = 1024,
-        max_regions: int = 1024,
-        socket_buffer_nbytes: int = 0,
-    ) -> None: ...
     def adopt(self, other: Session) -> None: ...
     def add_lane(self, fd: int, number: int) -> None: ...
     def ready(self) -> bool: ...

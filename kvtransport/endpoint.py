@@ -313,6 +313,8 @@ def _engine(incarnation: bytes, config: Config) -> _native.Engine:
         dead_after_s=config.dead_after_s,
         handshake_timeout_s=config.handshake_timeout_s,
         max_pending=config.max_pending_handshakes,
+        max_unmatched=config.max_unmatched,
+        max_regions=config.max_regions,
     )
 
 

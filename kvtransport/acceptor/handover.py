@@ -24,6 +24,7 @@ def open_session(
     engine: _native.Engine, sock: socket.socket, terms: Terms, config: Config, *, backend: str, peer_pid: int
 ) -> _native.Session:
     """Hand a control connection over to the engine, on the agreed terms."""
+    limits = terms.peer.holds_peer_to()
     return engine.open_session(
         sock.detach(),
         session_id=terms.session_id,
@@ -36,7 +37,7 @@ def open_session(
         peer_pid=peer_pid,
         peer_caps=terms.capabilities,
         backend=backend,
-        max_unmatched=config.max_unmatched,
-        max_regions=config.max_regions,
+        peer_max_unmatched=limits.max_unmatched,
+        peer_max_regions=limits.max_regions,
         socket_buffer_nbytes=config.socket_buffer_nbytes or 0,
     )

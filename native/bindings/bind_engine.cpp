@@ -34,11 +34,12 @@ nb::tuple event_tuple(const engine::Event& event) {
     return nb::make_tuple("log", event.level, event.text);
 }
 
-protocol::SessionConfig session_config(const std::string& protection, std::uint64_t chunk_nbytes,
-                                       bool memory_backend) {
-    protocol::SessionConfig config;
-    config.memory_backend = memory_backend;
-    config.chunk_nbytes = chunk_nbytes;
+// What both sides say of their limits: ours, and what the peer holds us to.
+protocol::SessionConfig session_config(const engine::Engine& engine, const std::string& protection,
+                                       std::uint32_t peer_unmatched, std::uint32_t peer_regions) {
+    protocol::SessionConfig config = engine.options().session;
+    config.peer_unmatched = peer_unmatched;
+    config.peer_regions = peer_regions;
     if (protection == "digest") {
         config.digest = protocol::DigestKind::crc32c;
     } else if (protection != "plain") {
@@ -47,20 +48,11 @@ protocol::SessionConfig session_config(const std::string& protection, std::uint6
     return config;
 }
 
-}  // namespace
-
-/// Shared with bind_session: what an opened session needs.
 void attach_tcp(PySession& session, int control_fd, const std::string& session_id,
-                const std::string& protection, unsigned lanes, std::uint64_t chunk_nbytes, int peer_pid,
-                const std::string& backend, std::uint32_t unmatched, std::uint32_t regions,
-                int socket_buffer_nbytes) {
+                const protocol::SessionConfig& config, const backends::TcpOptions& options, int peer_pid) {
     Fd control(control_fd);
     ::fcntl(control_fd, F_SETFL, ::fcntl(control_fd, F_GETFL) | O_NONBLOCK);
     engine::Engine& engine = *session.engine;
-    auto config = session_config(protection, chunk_nbytes, false);
-    config.unmatched = unmatched;
-    config.regions = regions;
-    backends::TcpOptions options{lanes, socket_buffer_nbytes, config.digest, backend};
     auto path = std::make_shared<backends::TcpPath>(session.connection, engine.reactor(), engine.movers(),
                                                     std::move(control), options);
     engine.rename(session.connection, session_id);
@@ -72,24 +64,32 @@ void attach_tcp(PySession& session, int control_fd, const std::string& session_i
             engine.reactor().add(session.watch->fd(), 1 /* EPOLLIN */, session.watch);
         }
     }
-    session.lanes = lanes;
+    session.lanes = options.lanes;
     engine.admission().retry_joins();
 }
 
-namespace {
-
 PySession open_session(PyEngine& self, int control_fd, nb::bytes session_id, bool, nb::bytes,
                        const std::string& protection, unsigned lanes, std::uint64_t chunk_nbytes,
-                       int peer_pid, std::uint64_t, const std::string& backend, std::uint32_t unmatched,
-                       std::uint32_t regions, int socket_buffer_nbytes) {
+                       int peer_pid, std::uint64_t, const std::string& backend, std::uint32_t peer_unmatched,
+                       std::uint32_t peer_regions, int socket_buffer_nbytes) {
     require_alive(*self.engine);
     const std::string id(session_id.c_str(), session_id.size());
     return translate([&] {
+        auto config = session_config(*self.engine, protection, peer_unmatched, peer_regions);
+        config.chunk_nbytes = chunk_nbytes;
         PySession session{self.engine, self.engine->new_connection(id), nullptr, 0};
-        attach_tcp(session, control_fd, id, protection, lanes, chunk_nbytes, peer_pid, backend, unmatched,
-                   regions, socket_buffer_nbytes);
+        attach_tcp(session, control_fd, id, config, {lanes, socket_buffer_nbytes, config.digest, backend},
+                   peer_pid);
         return session;
     });
+}
+
+protocol::SessionConfig inproc_config(const engine::Engine& engine, const engine::Engine& peer,
+                                      const std::string& protection) {
+    const auto& theirs = peer.options().session;
+    auto config = session_config(engine, protection, theirs.unmatched, theirs.regions);
+    config.memory_backend = true;
+    return config;
 }
 
 nb::tuple open_inproc_pair(PyEngine& self, PyEngine& other, nb::bytes session_id,
@@ -97,7 +97,8 @@ nb::tuple open_inproc_pair(PyEngine& self, PyEngine& other, nb::bytes session_id
     require_alive(*self.engine);
     const std::string id(session_id.c_str(), session_id.size());
     auto pair = translate([&] {
-        const auto config = session_config(protection, 0, true);
+        const auto config_a = inproc_config(*self.engine, *other.engine, protection);
+        const auto config_b = inproc_config(*other.engine, *self.engine, protection);
         // One session id names both ends; an engine joined to itself needs two.
         const std::string other_id = self.engine == other.engine ? id + "+" : id;
         PySession a = mine != nullptr ? *mine
@@ -106,15 +107,15 @@ nb::tuple open_inproc_pair(PyEngine& self, PyEngine& other, nb::bytes session_id
                           ? *theirs
                           : PySession{other.engine, other.engine->new_connection(other_id), nullptr, 0};
         auto path_a = std::make_shared<backends::InprocPath>(a.connection, self.engine->movers(),
-                                                             config.digest);
+                                                             config_a.digest);
         auto path_b = std::make_shared<backends::InprocPath>(b.connection, other.engine->movers(),
-                                                             config.digest);
+                                                             config_b.digest);
         backends::InprocPath::join(*path_a, a.connection, *path_b, b.connection);
         self.engine->rename(a.connection, id);
         other.engine->rename(b.connection, other_id);
         // Quiet until both are open: the first frame of one must find the other ready.
-        a.connection->prepare(path_a, config);
-        b.connection->prepare(path_b, config);
+        a.connection->prepare(path_a, config_a);
+        b.connection->prepare(path_b, config_b);
         a.connection->begin();
         b.connection->begin();
         return std::make_pair(a, b);
@@ -252,7 +253,8 @@ nb::class_<PyEngine> declare_engine(nb::module_& m) {
         .def(
             "__init__",
             [](PyEngine* self, nb::bytes incarnation, unsigned movers, std::vector<int> cpus,
-               double dead_after_s, double handshake_timeout_s, std::uint32_t max_pending) {
+               double dead_after_s, double handshake_timeout_s, std::uint32_t max_pending,
+               std::uint32_t max_unmatched, std::uint32_t max_regions) {
                 engine::Options options;
                 options.incarnation.assign(incarnation.c_str(), incarnation.size());
                 options.movers = movers;
@@ -260,11 +262,14 @@ nb::class_<PyEngine> declare_engine(nb::module_& m) {
                 options.dead_after_ns = static_cast<protocol::Time>(dead_after_s * 1e9);
                 options.handshake_timeout_ns = static_cast<protocol::Time>(handshake_timeout_s * 1e9);
                 options.max_pending = max_pending;
+                options.session.unmatched = max_unmatched;
+                options.session.regions = max_regions;
                 new (self)
                     PyEngine{translate([&] { return std::make_shared<engine::Engine>(std::move(options)); })};
             },
             nb::arg("incarnation"), nb::kw_only(), nb::arg("movers"), nb::arg("cpus"),
-            nb::arg("dead_after_s"), nb::arg("handshake_timeout_s"), nb::arg("max_pending") = 64);
+            nb::arg("dead_after_s"), nb::arg("handshake_timeout_s"), nb::arg("max_pending") = 64,
+            nb::arg("max_unmatched") = 1024, nb::arg("max_regions") = 1024);
 }
 
 void bind_listeners(nb::class_<PyEngine>& engine) {
@@ -306,7 +311,7 @@ void bind_sessions(nb::class_<PyEngine>& engine) {
         .def("open_session", &open_session, nb::arg("control_fd"), nb::kw_only(), nb::arg("session_id"),
              nb::arg("initiator"), nb::arg("peer_incarnation"), nb::arg("protection"), nb::arg("lanes"),
              nb::arg("chunk_nbytes"), nb::arg("peer_pid"), nb::arg("peer_caps"), nb::arg("backend") = "tcp",
-             nb::arg("max_unmatched") = 1024, nb::arg("max_regions") = 1024,
+             nb::arg("peer_max_unmatched") = 1024, nb::arg("peer_max_regions") = 1024,
              nb::arg("socket_buffer_nbytes") = 0)
         .def("open_inproc_pair", &open_inproc_pair, nb::arg("other"), nb::kw_only(), nb::arg("session_id"),
              nb::arg("protection") = "plain", nb::arg("mine").none() = nb::none(),

@@ -11,11 +11,6 @@
 
 namespace kvt::bindings {
 
-void attach_tcp(PySession& session, int control_fd, const std::string& session_id,
-                const std::string& protection, unsigned lanes, std::uint64_t chunk_nbytes, int peer_pid,
-                const std::string& backend, std::uint32_t unmatched, std::uint32_t regions,
-                int socket_buffer_nbytes);
-
 namespace {
 
 // A limit of a transfer, in seconds; negative means none where `may_be_none`.
@@ -107,28 +102,9 @@ std::string cause_of(const std::string& reason) { return reason.substr(0, reason
 namespace {
 
 void bind_opening(nb::class_<PySession>& session) {
-    session
-        .def_prop_ro("id",
-                     [](const PySession& self) {
-                         return nb::bytes(self.connection->session_id().data(),
-                                          self.connection->session_id().size());
-                     })
-        .def(
-            "attach",
-            [](PySession& self, int control_fd, nb::bytes session_id, const std::string& protection,
-               unsigned lanes, std::uint64_t chunk_nbytes, int peer_pid, const std::string& backend,
-               std::uint32_t unmatched, std::uint32_t regions, int socket_buffer_nbytes) {
-                require_alive(*self.engine);
-                const std::string id(session_id.c_str(), session_id.size());
-                translate([&] {
-                    attach_tcp(self, control_fd, id, protection, lanes, chunk_nbytes, peer_pid, backend,
-                               unmatched, regions, socket_buffer_nbytes);
-                });
-            },
-            nb::arg("control_fd"), nb::kw_only(), nb::arg("session_id"), nb::arg("protection"),
-            nb::arg("lanes"), nb::arg("chunk_nbytes"), nb::arg("peer_pid"), nb::arg("backend") = "tcp",
-            nb::arg("max_unmatched") = 1024, nb::arg("max_regions") = 1024,
-            nb::arg("socket_buffer_nbytes") = 0);
+    session.def_prop_ro("id", [](const PySession& self) {
+        return nb::bytes(self.connection->session_id().data(), self.connection->session_id().size());
+    });
 }
 
 void bind_lanes(nb::class_<PySession>& session) {

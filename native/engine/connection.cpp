@@ -178,6 +178,24 @@ void Connection::release_message(const std::shared_ptr<MessageHandle>& message,
     settle();
 }
 
+// False, with the handle's outcome, where this connection can't take the post.
+bool Connection::take_over(TransferHandle& handle, const protocol::TransferPtr& transfer, Time now) {
+    try {
+        session_.take_over(transfer, now);
+        return true;
+    } catch (const protocol::LocalViolation&) {
+        handle.outcome = {Cause::cancelled,
+                          protocol::Delivered::no,
+                          "its key is in use on the connection to the same peer",
+                          {}};
+    } catch (const protocol::Excess& excess) {
+        handle.outcome = {Cause::resource_limit, protocol::Delivered::no, excess.what(), {}};
+    }
+    handle.over_at = now;
+    handle.snapshot(backend_);
+    return false;
+}
+
 void Connection::adopt(const std::shared_ptr<Connection>& other) {
     std::vector<protocol::TransferPtr> refused;
     const Time now = monotonic_ns();
@@ -186,15 +204,7 @@ void Connection::adopt(const std::shared_ptr<Connection>& other) {
         for (auto& transfer : other->session_.give_up_posts()) {
             auto handle = std::static_pointer_cast<TransferHandle>(transfer);
             handle->move_to(shared_from_this());
-            try {
-                session_.take_over(transfer, now);
-            } catch (const protocol::LocalViolation&) {
-                handle->outcome = {Cause::cancelled,
-                                   protocol::Delivered::no,
-                                   "its key is in use on the connection to the same peer",
-                                   {}};
-                handle->over_at = now;
-                handle->snapshot(backend_);
+            if (!take_over(*handle, transfer, now)) {
                 refused.push_back(std::move(transfer));
             }
         }

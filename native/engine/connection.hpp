@@ -145,6 +145,7 @@ class Connection final : public backends::PathHost, public std::enable_shared_fr
     bool lane_grace_over(protocol::Time now);
     void complete(const protocol::TransferPtr& transfer);
     void complete(const protocol::MessagePtr& message);
+    bool take_over(TransferHandle& handle, const protocol::TransferPtr& transfer, protocol::Time now);
     void claim(const std::shared_ptr<TransferHandle>& handle);
     void defer(const std::shared_ptr<MessageHandle>& message);
     bool undefer(const std::shared_ptr<MessageHandle>& message);

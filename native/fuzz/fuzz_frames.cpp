@@ -34,7 +34,9 @@ class Script {
                    .digest = (op.code & 2) != 0 ? DigestKind::crc32c : DigestKind::none,
                    .chunk_nbytes = 64u + op.a * 16u,
                    .unmatched = 1u + op.b % 8u,
+                   .peer_unmatched = 1u + op.b / 8u % 8u,
                    .regions = 2u + op.c % 8u,
+                   .peer_regions = (op.c & 64) != 0 ? 2u + op.c % 8u : 1024u,
                    .message_window_nbytes = 2048,
                    .message_queue_nbytes = 4096,
                    .outbox_nbytes = 8192,
@@ -216,6 +218,7 @@ class Script {
             session_.post(mine, which + 1, now_);
             records_.push_back(mine);
         } catch (const LocalViolation&) {
+        } catch (const Excess&) {
         }
     }
     void post_message(const Op& op) {

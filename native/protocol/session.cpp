@@ -69,7 +69,29 @@ void Session::announce(std::uint64_t pool_id, const PoolTerms& pool) {
     }
 }
 
+// A pool counts from its first post until it is closed, announced or not, so that what fits doesn't depend on
+// which side was first.
+void Session::take_regions(const Transfer& transfer) {
+    if (used_pools_.contains(transfer.terms.pool)) {
+        return;
+    }
+    const std::size_t regions = regions_of(*transfer.pool);
+    if (regions + used_regions_ > config_.peer_regions) {
+        throw Excess("the pool has " + std::to_string(regions) + " layers, and the peer allows " +
+                     std::to_string(config_.peer_regions) +
+                     " on a connection (max_regions), of which pools that were used on this one have taken " +
+                     std::to_string(used_regions_) +
+                     ": close pools that are no longer used, or raise max_regions at the peer");
+    }
+    used_pools_.emplace(transfer.terms.pool, regions);
+    used_regions_ += regions;
+}
+
 void Session::forget_pool(std::uint64_t pool_id) {
+    if (const auto used = used_pools_.find(pool_id); used != used_pools_.end()) {
+        used_regions_ -= used->second;
+        used_pools_.erase(used);
+    }
     if (announced_.erase(pool_id) != 0) {
         send(FrameType::pool, kPoolClosed, pool_id, 0, 0);
     }
@@ -98,19 +120,35 @@ void Session::open(SessionConfig config, Time now) {
     config_ = config;
     opened_ = true;
     heard_at_ = spoke_at_ = now;
+    for (const TransferPtr& transfer : waiting_posts()) {  // the peer's limits are known only now
+        try {
+            take_regions(*transfer);
+        } catch (const Excess& excess) {
+            end(transfer, {Cause::resource_limit, Delivered::no, excess.what(), {}}, now);
+        }
+    }
 }
 
 void Session::post(TransferPtr transfer, std::uint64_t pool_id, Time now) {
-    const bool source = transfer->role == Role::source;
-    auto& keys = source ? source_keys_ : destination_keys_;
-    if (!keys.emplace(transfer->key, transfer).second) {
-        throw LocalViolation("key '" + transfer->key + "' already names an unfinished " +
-                             (source ? "send" : "receive") +
-                             " on this connection: wait for it or choose another");
-    }
     transfer->terms.pool = pool_id;
+    admit(transfer,
+          transfer->role == Role::source
+              ? "' already names an unfinished send on this connection: wait for it or choose another"
+              : "' already names an unfinished receive on this connection: wait for it or choose another");
     transfer->posted_at = transfer->waits_since = now;
     enter(transfer, now);
+}
+
+// Takes the key and what the pool needs, or throws and leaves everything as it was.
+void Session::admit(const TransferPtr& transfer, const char* key_in_use) {
+    auto& keys = transfer->role == Role::source ? source_keys_ : destination_keys_;
+    if (keys.contains(transfer->key)) {
+        throw LocalViolation("key '" + transfer->key + key_in_use);
+    }
+    if (opened_ && !lost_) {
+        take_regions(*transfer);
+    }
+    keys.emplace(transfer->key, transfer);
 }
 
 // Gives a post its place and, if its partner waits here, its match.
@@ -136,9 +174,9 @@ void Session::enter(const TransferPtr& transfer, Time now) {
     tell_or_queue(transfer);
 }
 
-std::vector<TransferPtr> Session::give_up_posts() {
+std::vector<TransferPtr> Session::waiting_posts() const {
     std::vector<TransferPtr> posts;
-    for (auto* keys : {&source_keys_, &destination_keys_}) {
+    for (const auto* keys : {&source_keys_, &destination_keys_}) {
         for (const auto& [key, transfer] : *keys) {
             if (transfer->state == State::posted) {
                 posts.push_back(transfer);
@@ -147,6 +185,11 @@ std::vector<TransferPtr> Session::give_up_posts() {
     }
     std::sort(posts.begin(), posts.end(),
               [](const auto& a, const auto& b) { return a->posted_at < b->posted_at; });
+    return posts;
+}
+
+std::vector<TransferPtr> Session::give_up_posts() {
+    const std::vector<TransferPtr> posts = waiting_posts();
     for (const TransferPtr& transfer : posts) {
         forget(transfer);
     }
@@ -155,16 +198,12 @@ std::vector<TransferPtr> Session::give_up_posts() {
 }
 
 void Session::take_over(TransferPtr transfer, Time now) {
-    auto& keys = transfer->role == Role::source ? source_keys_ : destination_keys_;
-    if (!keys.emplace(transfer->key, transfer).second) {
-        throw LocalViolation("key '" + transfer->key +
-                             "' is in use on the connection that took this one's place");
-    }
+    admit(transfer, "' is in use on the connection that took this one's place");
     enter(transfer, now);
 }
 
 bool Session::room_to_tell() const noexcept {
-    return opened_ && outstanding_ < config_.unmatched &&
+    return opened_ && outstanding_ < config_.peer_unmatched &&
            tombstones() < kTombstonesPerUnmatched * config_.unmatched &&
            outbox_.size() <= config_.outbox_nbytes / 2;
 }

@@ -8,7 +8,7 @@
 // holds one lock around every call, passes the time, and acts on the output after it; nothing here blocks,
 // sleeps, or knows a socket.
 //
-// A destination sends WANT when posted; at most `unmatched` WANTs and OFFERs are outstanding without a
+// A destination sends WANT when posted; at most `peer_unmatched` WANTs and OFFERs are outstanding without a
 // partner, more wait here. A source sends OFFER when it is posted first, when it has meta, or when the
 // backend is a memory backend (the destination copies, having been told the location). A source that finds a
 // WANT for its key starts at once.
@@ -75,8 +75,10 @@ struct SessionConfig {
     bool memory_backend = false;  // the destination copies; else the source writes chunks
     DigestKind digest = DigestKind::none;
     std::uint64_t chunk_nbytes = 0;
-    std::uint32_t unmatched = 1024;
+    std::uint32_t unmatched = 1024;  // the peer is held to this; we are held to the next
+    std::uint32_t peer_unmatched = 1024;
     std::uint32_t regions = 1024;
+    std::uint32_t peer_regions = 1024;
     std::uint64_t message_window_nbytes = 32u << 20;  // sent and not yet taken by the peer's user
     std::uint64_t message_queue_nbytes = 64u << 20;   // of the peer's, kept for our user
     std::size_t outbox_nbytes = 1u << 20;
@@ -91,6 +93,11 @@ inline constexpr Time kVerdictGrace = 80'000'000;
 /// What a peer gets to show itself after our own pause, where only a wait's start is known.
 inline constexpr Time kPauseGrace = 50'000'000;
 
+/// What a pool counts against the limit of regions: one without layers takes room too.
+inline std::size_t regions_of(const PoolTerms& pool) noexcept {
+    return pool.layers.empty() ? 1 : pool.layers.size();
+}
+
 /// What a message counts against the windows: an empty one takes room too.
 inline constexpr std::uint64_t message_charge(std::uint64_t nbytes) noexcept { return nbytes + 64; }
 
@@ -104,10 +111,11 @@ class Session {
     /// Before open(): gives up what was posted, for another session with the same peer to take over.
     std::vector<TransferPtr> give_up_posts();
     std::deque<MessagePtr> give_up_messages() { return std::exchange(messages_, {}); }
-    /// A post that another session gave up; it keeps its clock. Throws LocalViolation when the key is in use.
+    /// A post that another session gave up; it keeps its clock. Throws as post() does.
     void take_over(TransferPtr transfer, Time now);
 
-    // What the local user asks. post() throws LocalViolation when the key is in use.
+    // What the local user asks. post() throws LocalViolation when the key is in use, Excess when the pool's
+    // layers go beyond what the peer allows.
     void post(TransferPtr transfer, std::uint64_t pool_id, Time now);
     void stop(const TransferPtr& transfer, Outcome why, Time now);
     void refuse(const std::string& key, const std::string& reason, Time until, Time now);
@@ -202,10 +210,13 @@ class Session {
     };
 
     // session.cpp: posting, telling, the machines
+    void admit(const TransferPtr& transfer, const char* key_in_use);
+    void take_regions(const Transfer& transfer);
     void enter(const TransferPtr& transfer, Time now);
+    std::vector<TransferPtr> waiting_posts() const;
     bool room_to_tell() const noexcept;
     bool room_to_answer() const noexcept {
-        return config_.memory_backend || outstanding_ < 2 * config_.unmatched;
+        return config_.memory_backend || outstanding_ < 2 * config_.peer_unmatched;
     }
     void tell(const TransferPtr& transfer);
     void tell_or_queue(const TransferPtr& transfer);
@@ -321,6 +332,8 @@ class Session {
     std::unordered_map<std::uint64_t, PeerPool> peer_pools_;
     std::size_t peer_regions_ = 0;
     std::unordered_set<std::uint64_t> announced_;
+    std::unordered_map<std::uint64_t, std::size_t> used_pools_;  // ours, each with its regions
+    std::size_t used_regions_ = 0;
 
     std::deque<MessagePtr> messages_, unacknowledged_;
     std::uint64_t message_bytes_sent_ = 0,

@@ -93,14 +93,14 @@ void Session::on_pool(const Header& header, std::span<const std::byte> body) {
             throw Violation("a POOL that closes has a body");
         }
         if (const auto known = peer_pools_.find(header.transfer); known != peer_pools_.end()) {
-            peer_regions_ -= std::max<std::size_t>(known->second.terms.layers.size(), 1);
+            peer_regions_ -= regions_of(known->second.terms);
             peer_charge_ -= known->second.charge;
             peer_pools_.erase(known);
         }
         return;
     }
     PoolTerms pool = decode_pool(body);
-    const std::size_t regions = std::max<std::size_t>(pool.layers.size(), 1);
+    const std::size_t regions = regions_of(pool);
     if (regions > config_.regions - std::min<std::size_t>(peer_regions_, config_.regions)) {
         throw Excess("the peer announces more than " + std::to_string(config_.regions) + " regions");
     }

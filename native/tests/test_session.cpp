@@ -437,7 +437,7 @@ TEST_CASE("messages: in order, acknowledged, held back by the window") {
 
 TEST_CASE("what exceeds the peer's limit waits here, and its ids stay in order") {
     SessionConfig config;
-    config.unmatched = 4;
+    config.unmatched = config.peer_unmatched = 4;
     Pair pair(config);
     std::vector<RecordPtr> sources, destinations;
     for (int i = 0; i < 20; ++i) {
@@ -463,7 +463,7 @@ TEST_CASE("what exceeds the peer's limit waits here, and its ids stay in order")
 
 TEST_CASE("withdrawn offers don't make the destination exceed the source's limit") {
     SessionConfig config;
-    config.unmatched = 4;
+    config.unmatched = config.peer_unmatched = 4;
     Pair pair(config);
     std::vector<RecordPtr> destinations;
     for (int round = 0; round < 3; ++round) {
@@ -489,6 +489,67 @@ TEST_CASE("withdrawn offers don't make the destination exceed the source's limit
         CHECK(destinations[static_cast<std::size_t>(i)]->outcome.cause == Cause::ok);
     }
     pair.expect_idle();
+}
+
+TEST_CASE("each side keeps to the other's limits, not to its own") {
+    SessionConfig few, many;
+    few.unmatched = many.peer_unmatched = 2;
+    few.regions = many.peer_regions = 4;
+    Pair pair(many);
+    pair.b.session.open(few, 0);
+    for (int i = 0; i < 5; ++i) {
+        pair.a.post(pair.a.make(Role::source, "a" + std::to_string(i), kFour, {0}, 1, 64));
+        pair.b.post(pair.b.make(Role::source, "b" + std::to_string(i), kFour, {0}, 1, 64), 0, 7 + i % 2);
+    }
+    pair.run();  // b would throw what is beyond its own
+    CHECK(pair.a.session.outstanding() == 2);
+    CHECK(pair.b.session.outstanding() == 5);
+    for (int i = 0; i < 5; ++i) {
+        pair.b.post(pair.b.make(Role::destination, "a" + std::to_string(i), kFour, {0}, 1, 64));
+        pair.a.post(pair.a.make(Role::destination, "b" + std::to_string(i), kFour, {0}, 1, 64));
+    }
+    pair.run();
+    CHECK(pair.a.finished.size() == 10);
+    pair.expect_idle();
+}
+
+TEST_CASE("a pool beyond the peer's regions is refused at the post, until another is closed") {
+    SessionConfig config;
+    config.regions = config.peer_regions = 9;
+    Pair pair(config);
+    const PoolTerms two = pool_of(2), none = pool_of(0);
+    const auto post = [&](const std::string& key, const PoolTerms& pool, std::uint64_t id) {
+        pair.a.post(pair.a.make(Role::destination, key, pool, {}, 1, 64), 0, id);
+        pair.run();
+    };
+    post("1", kFour, 1);
+    post("2", kFour, 2);
+    post("again", kFour, 1);
+    CHECK_THROWS_AS(post("3", two, 3), Excess);
+    CHECK(pair.a.session.unfinished() == 3);
+    post("3", none, 4);
+    CHECK_THROWS_AS(post("5", none, 5), Excess);
+    pair.a.session.forget_pool(2);
+    post("5", two, 3);
+    post("6", two, 6);
+    CHECK_THROWS_AS(post("7", none, 7), Excess);
+}
+
+TEST_CASE("the peer's regions are known only when the session opens: what is beyond ends then") {
+    Session session(0);
+    Party side{SessionConfig{}};
+    std::vector<RecordPtr> posts;
+    for (int i = 0; i < 3; ++i) {
+        posts.push_back(side.make(Role::destination, std::to_string(i), kFour, {0}, 1, 8));
+        session.post(posts.back(), static_cast<std::uint64_t>(i), i);
+    }
+    SessionConfig config;
+    config.peer_regions = 9;
+    session.open(config, 5);
+    for (const auto& transfer : session.take_quiescing()) session.quiesced(transfer, 5);
+    REQUIRE(session.take_finished() == std::vector<TransferPtr>{posts[2]});
+    CHECK(posts[2]->outcome.cause == Cause::resource_limit);
+    CHECK(session.unfinished() == 2);
 }
 
 TEST_CASE("posts wait for the handshake, and may move to another session") {

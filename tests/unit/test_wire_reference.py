@@ -112,9 +112,9 @@ LIMITS = {
     "groups in a POOL or terms": "kMaxGroups",
     "layers in a POOL or terms": "kMaxLayers",
     "ranges in a WANT": "kMaxRanges",
-    "regions: layers of all open pools, one at least for each (C)": "regions",
-    "WANTs that wait for a send (C); as many more if they answer an OFFER": "unmatched",
-    "OFFERs that wait for a receive (C)": "unmatched",
+    "regions: layers of all open pools, one at least for each (H)": "regions",
+    "WANTs that wait for a send (H); as many more if they answer an OFFER": "unmatched",
+    "OFFERs that wait for a receive (H)": "unmatched",
     "memory for the peer's pools and for what waits": "peer_state_nbytes",
     "charges of messages sent and not taken": "message_window_nbytes",
     "charges of messages that wait for the user": "message_queue_nbytes",
@@ -149,3 +149,12 @@ def test_sizes() -> None:
     assert (messages.PREAMBLE_NBYTES, messages.JOIN_NBYTES, messages.JOIN_ANSWER_NBYTES) == (32, 64, 16)
     assert messages.MAGIC.decode() in PAGE
     assert number("kVerdictGrace") == 80_000_000
+
+
+def test_limits_of_hello() -> None:
+    """What a HELLO that says nothing of a limit means is what the native side takes for it."""
+    told = messages.Limits()
+    assert (told.max_regions, told.max_unmatched) == (number("regions"), number("unmatched"))
+    assert told.max_message_queue_nbytes == number("message_queue_nbytes")
+    for said in (messages.REGIONS_MAX, messages.UNMATCHED_MAX):
+        assert f"(1 to {said:,})" in PAGE

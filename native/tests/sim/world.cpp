@@ -15,9 +15,12 @@ World::World(std::uint64_t seed, bool verbose)
       span_(random_.pick({2 * kMs, 20 * kMs, 200 * kMs, 1000 * kMs})),
       busy_percent_(random_.pick({10u, 30u, 60u})),
       checker_(clock_, memory_backend_) {
-    const MachineSetup both = setup();
+    MachineSetup made = setup();
+    const std::uint32_t unmatched[2] = {random_.pick({1u, 2u, 1024u}), random_.pick({1u, 2u, 1024u})};
     for (unsigned i = 0; i < 2; ++i) {
-        machines_[i] = std::make_unique<Machine>(i, clock_, random_, checker_, both);
+        made.config.unmatched = unmatched[i];
+        made.config.peer_unmatched = unmatched[1 - i];
+        machines_[i] = std::make_unique<Machine>(i, clock_, random_, checker_, made);
         machines_[i]->on_over = [this](const RecordPtr& record) { over(record); };
     }
     build_network();
@@ -30,7 +33,6 @@ MachineSetup World::setup() {
     made.config.digest = random_.chance(50) ? DigestKind::crc32c : DigestKind::none;
     made.config.chunk_nbytes = random_.pick(
         {std::uint64_t{200}, std::uint64_t{1000}, std::uint64_t{4096}, std::uint64_t{0}});
-    made.config.unmatched = random_.pick({1u, 2u, 1024u});
     made.config.message_window_nbytes = random_.pick({1000, 32 << 20});
     made.config.message_queue_nbytes = 2 * made.config.message_window_nbytes;
     made.config.outbox_nbytes = random_.pick({std::size_t{4096}, std::size_t{1} << 20});
