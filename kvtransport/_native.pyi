@@ -56,6 +56,7 @@ class Engine:
         max_pending: int = 64,
         max_unmatched: int = 1024,
         max_regions: int = 1024,
+        max_message_queue_nbytes: int = 67_108_864,
     ) -> None: ...
     def add_listener(self, fd: int) -> int: ...
     def remove_listener(self, listener_id: int) -> None: ...
@@ -77,6 +78,7 @@ class Engine:
         backend: str = "tcp",
         peer_max_unmatched: int = 1024,
         peer_max_regions: int = 1024,
+        peer_max_message_queue_nbytes: int = 67_108_864,
         socket_buffer_nbytes: int = 0,
     ) -> Session: ...
     def open_inproc_pair(

@@ -39,5 +39,6 @@ def open_session(
         backend=backend,
         peer_max_unmatched=limits.max_unmatched,
         peer_max_regions=limits.max_regions,
+        peer_max_message_queue_nbytes=limits.max_message_queue_nbytes,
         socket_buffer_nbytes=config.socket_buffer_nbytes or 0,
     )

@@ -36,10 +36,12 @@ nb::tuple event_tuple(const engine::Event& event) {
 
 // What both sides say of their limits: ours, and what the peer holds us to.
 protocol::SessionConfig session_config(const engine::Engine& engine, const std::string& protection,
-                                       std::uint32_t peer_unmatched, std::uint32_t peer_regions) {
+                                       std::uint32_t peer_unmatched, std::uint32_t peer_regions,
+                                       std::uint64_t peer_message_queue_nbytes) {
     protocol::SessionConfig config = engine.options().session;
     config.peer_unmatched = peer_unmatched;
     config.peer_regions = peer_regions;
+    config.message_window_nbytes = peer_message_queue_nbytes / 2;
     if (protection == "digest") {
         config.digest = protocol::DigestKind::crc32c;
     } else if (protection != "plain") {
@@ -71,11 +73,13 @@ void attach_tcp(PySession& session, int control_fd, const std::string& session_i
 PySession open_session(PyEngine& self, int control_fd, nb::bytes session_id, bool, nb::bytes,
                        const std::string& protection, unsigned lanes, std::uint64_t chunk_nbytes,
                        int peer_pid, std::uint64_t, const std::string& backend, std::uint32_t peer_unmatched,
-                       std::uint32_t peer_regions, int socket_buffer_nbytes) {
+                       std::uint32_t peer_regions, std::uint64_t peer_message_queue_nbytes,
+                       int socket_buffer_nbytes) {
     require_alive(*self.engine);
     const std::string id(session_id.c_str(), session_id.size());
     return translate([&] {
-        auto config = session_config(*self.engine, protection, peer_unmatched, peer_regions);
+        auto config = session_config(*self.engine, protection, peer_unmatched, peer_regions,
+                                     peer_message_queue_nbytes);
         config.chunk_nbytes = chunk_nbytes;
         PySession session{self.engine, self.engine->new_connection(id), nullptr, 0};
         attach_tcp(session, control_fd, id, config, {lanes, socket_buffer_nbytes, config.digest, backend},
@@ -87,7 +91,8 @@ PySession open_session(PyEngine& self, int control_fd, nb::bytes session_id, boo
 protocol::SessionConfig inproc_config(const engine::Engine& engine, const engine::Engine& peer,
                                       const std::string& protection) {
     const auto& theirs = peer.options().session;
-    auto config = session_config(engine, protection, theirs.unmatched, theirs.regions);
+    auto config = session_config(engine, protection, theirs.unmatched, theirs.regions,
+                                 theirs.message_queue_nbytes);
     config.memory_backend = true;
     return config;
 }
@@ -254,7 +259,8 @@ nb::class_<PyEngine> declare_engine(nb::module_& m) {
             "__init__",
             [](PyEngine* self, nb::bytes incarnation, unsigned movers, std::vector<int> cpus,
                double dead_after_s, double handshake_timeout_s, std::uint32_t max_pending,
-               std::uint32_t max_unmatched, std::uint32_t max_regions) {
+               std::uint32_t max_unmatched, std::uint32_t max_regions,
+               std::uint64_t max_message_queue_nbytes) {
                 engine::Options options;
                 options.incarnation.assign(incarnation.c_str(), incarnation.size());
                 options.movers = movers;
@@ -264,12 +270,14 @@ nb::class_<PyEngine> declare_engine(nb::module_& m) {
                 options.max_pending = max_pending;
                 options.session.unmatched = max_unmatched;
                 options.session.regions = max_regions;
+                options.session.message_queue_nbytes = max_message_queue_nbytes;
                 new (self)
                     PyEngine{translate([&] { return std::make_shared<engine::Engine>(std::move(options)); })};
             },
             nb::arg("incarnation"), nb::kw_only(), nb::arg("movers"), nb::arg("cpus"),
             nb::arg("dead_after_s"), nb::arg("handshake_timeout_s"), nb::arg("max_pending") = 64,
-            nb::arg("max_unmatched") = 1024, nb::arg("max_regions") = 1024);
+            nb::arg("max_unmatched") = 1024, nb::arg("max_regions") = 1024,
+            nb::arg("max_message_queue_nbytes") = 64u << 20);
 }
 
 void bind_listeners(nb::class_<PyEngine>& engine) {
@@ -312,7 +320,7 @@ void bind_sessions(nb::class_<PyEngine>& engine) {
              nb::arg("initiator"), nb::arg("peer_incarnation"), nb::arg("protection"), nb::arg("lanes"),
              nb::arg("chunk_nbytes"), nb::arg("peer_pid"), nb::arg("peer_caps"), nb::arg("backend") = "tcp",
              nb::arg("peer_max_unmatched") = 1024, nb::arg("peer_max_regions") = 1024,
-             nb::arg("socket_buffer_nbytes") = 0)
+             nb::arg("peer_max_message_queue_nbytes") = 64u << 20, nb::arg("socket_buffer_nbytes") = 0)
         .def("open_inproc_pair", &open_inproc_pair, nb::arg("other"), nb::kw_only(), nb::arg("session_id"),
              nb::arg("protection") = "plain", nb::arg("mine").none() = nb::none(),
              nb::arg("theirs").none() = nb::none())

@@ -279,7 +279,8 @@ void Session::pump_messages() {
     while (opened_ && !messages_.empty() && outbox_.size() <= config_.outbox_nbytes / 2) {
         const MessagePtr& next = messages_.front();
         const std::uint64_t charge = message_charge(next->data.size());
-        if (message_bytes_sent_ - message_bytes_taken_ + charge > config_.message_window_nbytes) {
+        const std::uint64_t untaken = message_bytes_sent_ - message_bytes_taken_;
+        if (untaken != 0 && untaken + charge > config_.message_window_nbytes) {
             break;
         }
         message_bytes_sent_ += charge;

@@ -92,3 +92,34 @@ def test_unmatched_posts_wait_by_the_peers_limit(linked):
     for n in range(40):
         there.recv_blocks(own, [2], key=f"b{n}").result(LIMIT_S)
         back[n].result(LIMIT_S)
+
+
+def test_messages_wait_by_the_peers_queue(linked):
+    """1 MiB is the least that can be set: also the longest message comes, when nothing else waits."""
+    ours, there, theirs, here = linked({}, {"max_message_queue_nbytes": 1 << 20})
+    data = [bytes([n]) * size for n, size in enumerate([300_000] * 5 + [1 << 20] * 2 + [0, 10])]
+    sent = [there.send_message(each) for each in data]
+    sent[0].result(LIMIT_S)
+    (own,), (other,) = pools(ours, 1, layers=1), pools(theirs, 1, layers=1)
+    behind = there.recv_blocks(own, [0], key="k")  # what is sent before it is acknowledged before its end
+    here.send_blocks(other, [0], key="k")
+    behind.result(LIMIT_S)
+    assert [message.done() for message in sent] == [True] + [False] * 8
+    taken = []
+    while len(taken) < len(data):
+        fresh = [message for _, message in theirs.recv_messages(LIMIT_S)]
+        assert fresh
+        assert len(fresh) == 1 or sum(len(each) + 64 for each in fresh) <= 1 << 19
+        taken += fresh
+    assert taken == data
+    for message in sent:
+        message.result(LIMIT_S)
+    assert there.state == here.state == "open"
+
+
+def test_a_larger_message_queue_takes_more(linked):
+    _, there, theirs, _ = linked({}, {"max_message_queue_nbytes": 256 << 20})
+    sent = [there.send_message(bytes(1 << 20)) for _ in range(100)]
+    for message in sent:
+        message.result(LIMIT_S)
+    assert sum(len(theirs.recv_messages(LIMIT_S)) for _ in range(1)) == 100

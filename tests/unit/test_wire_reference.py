@@ -116,8 +116,8 @@ LIMITS = {
     "WANTs that wait for a send (H); as many more if they answer an OFFER": "unmatched",
     "OFFERs that wait for a receive (H)": "unmatched",
     "memory for the peer's pools and for what waits": "peer_state_nbytes",
-    "charges of messages sent and not taken": "message_window_nbytes",
-    "charges of messages that wait for the user": "message_queue_nbytes",
+    "charges of messages sent and not taken: half of the next": "message_window_nbytes",
+    "charges of messages that wait for the user (H)": "message_queue_nbytes",
     "words awaited on transfers that ended without a verdict": "kMaxLate",
     "separate ranges of one transfer that have come": "kMaxFragments",
 }
