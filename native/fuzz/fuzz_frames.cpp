@@ -40,6 +40,7 @@ class Script {
                    .message_window_nbytes = 2048,
                    .message_queue_nbytes = 4096,
                    .outbox_nbytes = 8192,
+                   .answers_nbytes = 16384,
                    .peer_state_nbytes = 256u << 10};
         lazy_ = (op.code & 4) != 0;
         if ((op.code & 8) == 0) session_.open(config_, now_);
@@ -150,7 +151,7 @@ class Script {
             demand(body.size() == raw.size() - kHeaderNbytes, "a header's body length isn't the body's");
             if (header.type != FrameType::chunk) {
                 session_.receive(header, body, now_);
-                demand(session_.outbox().size() <= 2 * config_.outbox_nbytes + kOursNbytes,
+                demand(session_.outbox().size() <= config_.answers_nbytes + kOursNbytes,
                        "the outbox grew beyond its bound");
                 if (session_.peer_closed()) lose(Cause::peer_lost);
                 return;

@@ -81,8 +81,9 @@ struct SessionConfig {
     std::uint32_t peer_regions = 1024;
     std::uint64_t message_window_nbytes = 32u << 20;  // sent and not yet taken by the peer's user
     std::uint64_t message_queue_nbytes = 64u << 20;   // of the peer's, kept for our user
-    std::size_t outbox_nbytes = 1u << 20;
-    std::size_t peer_state_nbytes = 64u << 20;  // of the peer's pools, unmatched WANTs and OFFERs
+    std::size_t outbox_nbytes = 1u << 20;             // beyond half of it, what our own user posts waits
+    std::size_t answers_nbytes = 2u << 20;            // of the outbox, to frames of the peer
+    std::size_t peer_state_nbytes = 64u << 20;        // of the peer's pools, unmatched WANTs and OFFERs
 };
 
 /// A source that has told the destination of its end waits so long for the verdict before it reports

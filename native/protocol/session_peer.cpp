@@ -65,7 +65,7 @@ void Session::receive(const Header& header, std::span<const std::byte> body, Tim
 // What the local user asks for is not the peer's excess: only answers count.
 void Session::check_bounds(std::size_t answered_nbytes) {
     answered_nbytes_ += answered_nbytes;
-    if (answered_nbytes_ > 2 * config_.outbox_nbytes) {
+    if (answered_nbytes_ > config_.answers_nbytes) {
         throw Excess("the peer asks faster than it reads our answers");
     }
     if (late_.size() + late_offers_.size() > kMaxLate) {

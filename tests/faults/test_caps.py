@@ -1,5 +1,6 @@
 """Rules 7 and 9: frames, ids, regions, unmatched posts beyond their bounds end that peer's connection, no other."""
 
+import contextlib
 import os
 import socket
 
@@ -178,6 +179,31 @@ EXCESS = {
 @pytest.mark.parametrize("data", EXCESS.values(), ids=EXCESS)
 def test_caps_excess_is_the_peers(scene, data):
     scene.ends_with(ResourceLimit, on_control(data))
+
+
+@pytest.mark.parametrize("mib", [1, 64])
+def test_caps_answers_that_are_not_read(mib):
+    """They wait here, by max_control_queue_nbytes."""
+    count = 150_000
+    config = Config(backends=("tcp",), max_control_queue_nbytes=mib << 20)
+    with Endpoint(config) as endpoint, Hostile(endpoint.listen("127.0.0.1:0")) as peer:
+        connection = endpoint.accept(timeout=LIMIT_S)
+        peer.join()
+        flood = b"".join(header(hostile.MESSAGE, transfer=n) for n in range(1, count + 1))
+        peer.control.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)  # else the system takes more
+        if mib == 1:
+            with contextlib.suppress(OSError):
+                peer.control.sendall(flood)
+            until(lambda: connection.state == "lost")
+            with pytest.raises(ResourceLimit):
+                connection.send_message(b"")
+            return
+        peer.control.sendall(flood)
+        got = 0
+        while got < count:
+            raw = peer.control.recv(64, socket.MSG_WAITALL)
+            got += raw[0] == hostile.ACK
+        assert connection.state == "open"
 
 
 @pytest.mark.parametrize("nbytes", [1, 63, 64, 70])

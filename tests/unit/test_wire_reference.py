@@ -134,7 +134,7 @@ def test_limits(name: str) -> None:
 
 def test_limits_that_follow() -> None:
     said = limits()
-    assert said["unread answers to the peer's frames"] == 2 * number("outbox_nbytes")
+    assert said["unread answers to the peer's frames (C: more)"] == number("answers_nbytes")
     assert said["bytes of a stream"] == 1 << 62
     tombstones = number("kTombstonesPerUnmatched") * number("unmatched")
     assert said["ended receives that wait for the source's last word; more wait to be told"] == tombstones
