@@ -80,6 +80,11 @@ std::shared_ptr<TransferHandle> Connection::make_handle(PostArgs& args) {
     }
     auto plan = std::make_shared<memory::StreamPlan>(args.pool->shape(), std::move(layers),
                                                      std::move(args.ids), args.heads);
+    if (const std::uint64_t most = engine_.options().max_transfer_pieces; plan->pieces() > most) {
+        throw protocol::Excess(std::to_string(plan->pieces()) +
+                               " pieces (layers x blocks) in one transfer, " + "max_transfer_pieces is " +
+                               std::to_string(most) + ": split it, or raise that");
+    }
     auto handle = std::make_shared<TransferHandle>(shared_from_this(), args.pool, std::move(plan));
     handle->role = args.role;
     handle->key = std::move(args.key);

@@ -32,7 +32,8 @@ struct Options {
     protocol::Time ping_every_ns = 250'000'000;
     protocol::Time handshake_timeout_ns = 3'000'000'000;
     std::uint32_t max_pending = 64;
-    int socket_buffer_nbytes = 0;     // 0: the default that backends/tcp gives
+    int socket_buffer_nbytes = 0;  // 0: the default that backends/tcp gives
+    std::uint64_t max_transfer_pieces = 16u << 20;
     protocol::SessionConfig session;  // what every session begins with: the limits of Config
 };
 

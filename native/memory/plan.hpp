@@ -22,7 +22,7 @@ namespace kvt::memory {
 
 using Ids = std::vector<std::uint32_t>;
 
-inline constexpr std::uint64_t kMaxPieces = 16u << 20;  // of one transfer
+inline constexpr std::uint64_t kMaxPieces = std::uint64_t{1} << 31;  // of one transfer
 
 // Offsets [begin, end) of a stream.
 struct StreamRange {

@@ -179,14 +179,14 @@ TEST_CASE("what a plan refuses") {
     CHECK(StreamPlan(shape, {0, 1}, {nullptr, nullptr}, Heads::every()).layer_at(0) == 2);
 }
 
-TEST_CASE("sixteen Mi pieces at most, and bytes that fit 63 bits") {
+TEST_CASE("2^31 pieces at most, and bytes that fit 63 bits") {
     const Part part{0x1000, 1, {}, 1, -1};
     std::vector<Layer> layers(1024, Layer{"", 0, {part}});
     auto shape = std::make_shared<const PoolShape>(std::vector{group("g", 8)}, layers, false);
     std::vector<std::uint32_t> all(1024);
     for (std::uint32_t i = 0; i < 1024; ++i) all[i] = i;
-    CHECK(StreamPlan(shape, all, {ids(Ids(16384, 1))}, Heads::every()).pieces() == kMaxPieces);
-    CHECK_THROWS_AS(StreamPlan(shape, all, {ids(Ids(16385, 1))}, Heads::every()), std::length_error);
+    CHECK(StreamPlan(shape, all, {ids(Ids(1u << 21, 1))}, Heads::every()).pieces() == kMaxPieces);
+    CHECK_THROWS_AS(StreamPlan(shape, all, {ids(Ids((1u << 21) + 1, 1))}, Heads::every()), std::length_error);
     const Part huge{0x1000, 1, {}, std::uint64_t{1} << 47, -1};
     auto big = std::make_shared<const PoolShape>(std::vector{group("g", 8)},
                                                  std::vector<Layer>{{"", 0, {huge}}}, false);

@@ -123,3 +123,14 @@ def test_a_larger_message_queue_takes_more(linked):
     for message in sent:
         message.result(LIMIT_S)
     assert sum(len(theirs.recv_messages(LIMIT_S)) for _ in range(1)) == 100
+
+
+def test_pieces_of_one_transfer(linked):
+    ours, there, theirs, here = linked({"max_transfer_pieces": 8}, {})
+    (own,), (other,) = pools(ours, 1, layers=4), pools(theirs, 1, layers=4)
+    for post in (there.recv_blocks, there.send_blocks):
+        with pytest.raises(ResourceLimit, match="max_transfer_pieces"):
+            post(own, [0, 1, 2], key="k")
+    got = there.recv_blocks(own, [0, 1], key="k")
+    here.send_blocks(other, [2, 3], key="k").result(LIMIT_S)
+    assert got.result(LIMIT_S).nbytes == 8 * 64
