@@ -20,9 +20,8 @@ SETTLE_S = 0.01  # what was posted has reached the other side
 LANES = 2  # what R2 has, and the library's default
 
 # Which threads of a latency case are pinned: the two ends on different cores, as the limit's are. (c) is
-# one hop between the two waiting threads, so all of a process goes to its core. (b) uses two lanes: pinning
-# their threads to one core would measure something that nobody runs, so only the threads that post and wait
-# are placed.
+# one hop between the two waiting threads, so all of a process goes to its core. (b) uses two lanes: the
+# threads that post and wait are placed, and the movers one a core, as in the cases of bandwidth.
 PIN_ALL = {"c"}
 PIN_MAIN = {"b", "g"}
 
@@ -30,14 +29,14 @@ BACKENDS = ("tcp", "tcp-digest", "unix", "inproc")
 
 
 def config_of(backend: str, extra: Mapping[str, Any], case: Case | None = None) -> dict[str, Any]:
-    """Return the Config of a backend's name: protection plain unless the name says digest. In cases of
-    bandwidth the movers are pinned, one a core, as the raw limit's threads are.
+    """Return the Config of a backend's name: protection plain unless the name says digest. The movers are
+    pinned, one a core, as the raw limit's threads are.
     """
     config: dict[str, Any] = {
         "backends": ["inproc" if backend == "inproc" else "tcp"],
         "protection": "digest" if backend.endswith("-digest") else "plain",
     }
-    if case is not None and not case.latency and backend != "inproc":
+    if case is not None and case.name not in PIN_ALL and backend != "inproc":
         config["cpus"] = sorted(os.sched_getaffinity(0))[:LANES]
     return config | dict(extra)
 
