@@ -51,7 +51,8 @@ class Endpoint:
         self._pid = os.getpid()
         self._incarnation = os.urandom(16)
         self._closed = False
-        self._lock = threading.Lock()  # of close, and of _pools
+        self._lock = threading.Lock()  # of _closed and _pools
+        self._closing = threading.RLock()
         self._pools: set[BlockPool] = set()
         self._bridges = LoopBridges(_native.Queue)
         try:
@@ -266,14 +267,15 @@ class Endpoint:
         }
 
     def close(self) -> None:
-        """End it: pending transfers and connects raise ConnectionClosed, sockets are closed, threads end.
+        """End it: pending transfers and connects raise ConnectionClosed, descriptors are closed, threads end.
         Idempotent.
         """
         if os.getpid() != self._pid:
             return
         with self._lock:
             self._closed = True
-        self._finalizer()
+        with self._closing:  # whoever comes second returns when the first is through
+            self._finalizer()
         with self._lock:
             self._pools.clear()
 

@@ -71,10 +71,7 @@ class Actor:
             gate.fail("the check is over")
         if hasattr(self, "endpoint"):
             self.endpoint.close()
-        for name in (
-            "endpoint",
-            "connection",
-        ):  # a closed endpoint keeps a few descriptors until it is dropped
+        for name in ("endpoint", "connection"):
             vars(self).pop(name, None)
         for named in (self.memory, self.pools, self.gates, self.handles):
             named.clear()

@@ -66,6 +66,8 @@ void EventLoop::stop() {
     by_fd_.clear();
     by_token_.clear();
     queue_.clear();
+    epoll_.reset();
+    wake_.reset();
 }
 
 void EventLoop::add(int fd, std::uint32_t events, std::shared_ptr<Pollable> pollable) {
@@ -109,6 +111,7 @@ void EventLoop::remove(int fd) {
 void EventLoop::wake() noexcept {
     pending_.store(true);
     if (sleeping_.exchange(false)) {
+        const std::lock_guard lock(mutex_);  // stop() closes it, and the number may be another's then
         const std::uint64_t one = 1;
         [[maybe_unused]] const auto n = ::write(wake_.get(), &one, sizeof one);
     }

@@ -38,7 +38,7 @@ class EventLoop {
     virtual ~EventLoop();
 
     void start();
-    /// Ends the thread; what is registered is let go. Idempotent.
+    /// Ends the thread; what is registered is let go, and its descriptors are closed. Idempotent.
     void stop();
 
     void add(int fd, std::uint32_t events, std::shared_ptr<Pollable> pollable);

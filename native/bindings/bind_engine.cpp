@@ -55,18 +55,18 @@ protocol::SessionConfig session_config(const engine::Engine& engine, const std::
 void attach_tcp(PySession& session, int control_fd, const std::string& session_id,
                 const protocol::SessionConfig& config, const backends::TcpOptions& options, int peer_pid) {
     Fd control(control_fd);
-    ::fcntl(control_fd, F_SETFL, ::fcntl(control_fd, F_GETFL) | O_NONBLOCK);
     engine::Engine& engine = *session.engine;
+    if (engine.closed()) {
+        throw engine::NotUsable(protocol::Cause::connection_closed, "the endpoint is closed");
+    }
+    ::fcntl(control_fd, F_SETFL, ::fcntl(control_fd, F_GETFL) | O_NONBLOCK);
     auto path = std::make_shared<backends::TcpPath>(session.connection, engine.reactor(), engine.movers(),
                                                     std::move(control), options);
     engine.rename(session.connection, session_id);
     session.connection->open(path, config);
     path->start();
     if (peer_pid > 0) {
-        session.watch = engine::ProcessWatch::open(peer_pid, session.connection);
-        if (session.watch) {
-            engine.reactor().add(session.watch->fd(), 1 /* EPOLLIN */, session.watch);
-        }
+        session.connection->watch_process(peer_pid);
     }
     session.lanes = options.lanes;
     engine.admission().retry_joins();
@@ -83,7 +83,7 @@ PySession open_session(PyEngine& self, int control_fd, nb::bytes session_id, boo
         auto config = session_config(*self.engine, protection, peer_unmatched, peer_regions,
                                      peer_message_queue_nbytes);
         config.chunk_nbytes = chunk_nbytes;
-        PySession session{self.engine, self.engine->new_connection(id), nullptr, 0};
+        PySession session{self.engine, self.engine->new_connection(id), 0};
         attach_tcp(session, control_fd, id, config, {lanes, socket_buffer_nbytes, config.digest, backend},
                    peer_pid);
         return session;
@@ -108,11 +108,9 @@ nb::tuple open_inproc_pair(PyEngine& self, PyEngine& other, nb::bytes session_id
         const auto config_b = inproc_config(*other.engine, *self.engine, protection);
         // One session id names both ends; an engine joined to itself needs two.
         const std::string other_id = self.engine == other.engine ? id + "+" : id;
-        PySession a = mine != nullptr ? *mine
-                                      : PySession{self.engine, self.engine->new_connection(id), nullptr, 0};
-        PySession b = theirs != nullptr
-                          ? *theirs
-                          : PySession{other.engine, other.engine->new_connection(other_id), nullptr, 0};
+        PySession a = mine != nullptr ? *mine : PySession{self.engine, self.engine->new_connection(id), 0};
+        PySession b = theirs != nullptr ? *theirs
+                                        : PySession{other.engine, other.engine->new_connection(other_id), 0};
         auto path_a = std::make_shared<backends::InprocPath>(a.connection, self.engine->movers(),
                                                              config_a.digest);
         auto path_b = std::make_shared<backends::InprocPath>(b.connection, other.engine->movers(),
@@ -293,9 +291,9 @@ void bind_listeners(nb::class_<PyEngine>& engine) {
         .def(
             "add_listener",
             [](PyEngine& self, int fd) {
-                require_alive(*self.engine);
+                require_open(*self.engine);
                 const int own = ::fcntl(fd, F_DUPFD_CLOEXEC, 0);
-                return self.engine->admission().add_listener(Fd(own));
+                return translate([&] { return self.engine->admission().add_listener(Fd(own)); });
             },
             nb::arg("fd"))
         .def(
@@ -318,10 +316,8 @@ void bind_sessions(nb::class_<PyEngine>& engine) {
             "new_session",
             [](PyEngine& self, nb::bytes placeholder) {
                 require_alive(*self.engine);
-                return PySession{
-                    self.engine,
-                    self.engine->new_connection(std::string(placeholder.c_str(), placeholder.size())),
-                    nullptr, 0};
+                const std::string id(placeholder.c_str(), placeholder.size());
+                return translate([&] { return PySession{self.engine, self.engine->new_connection(id), 0}; });
             },
             nb::arg("placeholder"))
         .def("open_session", &open_session, nb::arg("control_fd"), nb::kw_only(), nb::arg("session_id"),

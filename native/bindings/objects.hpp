@@ -12,7 +12,6 @@
 #include "engine/admission.hpp"
 #include "engine/connection.hpp"
 #include "engine/engine.hpp"
-#include "engine/watch.hpp"
 
 namespace kvt::bindings {
 
@@ -48,7 +47,6 @@ struct PyTransfer {
 struct PySession {
     EnginePtr engine;
     std::shared_ptr<engine::Connection> connection;
-    std::shared_ptr<engine::ProcessWatch> watch;
     unsigned lanes = 0;
 };
 

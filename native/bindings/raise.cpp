@@ -249,4 +249,11 @@ void require_alive(const engine::Engine& engine) {
     }
 }
 
+void require_open(const engine::Engine& engine) {
+    require_alive(engine);
+    if (engine.closed()) {
+        raise("ConnectionClosed", "the endpoint is closed");
+    }
+}
+
 }  // namespace kvt::bindings

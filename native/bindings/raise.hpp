@@ -42,5 +42,6 @@ auto translate(Work&& work) {
 }
 
 void require_alive(const engine::Engine& engine);
+void require_open(const engine::Engine& engine);
 
 }  // namespace kvt::bindings

@@ -34,6 +34,8 @@ class Admission {
     /// A session has opened: lanes that came before it may join now.
     void retry_joins();
     void close();
+    /// When the reactor has ended, which alone gives it up and takes it back.
+    void close_reserve() noexcept { reserve_.reset(); }
 
     static constexpr std::size_t kPreambleNbytes = 32;
     static constexpr std::size_t kJoinNbytes = 64;

@@ -22,6 +22,7 @@
 namespace kvt::engine {
 
 class Engine;
+class ProcessWatch;
 
 /// Posting was refused: the connection is lost, or the pool is closed.
 struct NotUsable : std::runtime_error {
@@ -70,6 +71,8 @@ class Connection final : public backends::PathHost, public std::enable_shared_fr
     LayerState wait_layer(const std::shared_ptr<TransferHandle>& handle, std::uint32_t layer,
                           std::int64_t until);
     void close(protocol::Cause cause, const std::string& reason, bool tell);
+    /// From here on the end of the peer's process, on this host, is the end of the connection.
+    void watch_process(int pid);
     void forget_pool(std::uint64_t pool_id);
     void messages_taken(std::uint64_t nbytes);
 
@@ -143,6 +146,7 @@ class Connection final : public backends::PathHost, public std::enable_shared_fr
     bool settle_once(std::uint64_t small_nbytes);
     void put_inline();
     bool lane_grace_over(protocol::Time now);
+    void unwatch_process();
     void complete(const protocol::TransferPtr& transfer);
     void complete(const protocol::MessagePtr& message);
     bool take_over(TransferHandle& handle, const protocol::TransferPtr& transfer, protocol::Time now);
@@ -159,6 +163,7 @@ class Connection final : public backends::PathHost, public std::enable_shared_fr
     protocol::Session session_;
     protocol::DigestKind digest_ = protocol::DigestKind::none;
     std::shared_ptr<backends::Path> path_;  // null before open() and after close()
+    std::shared_ptr<ProcessWatch> watch_;   // as path_
     std::string backend_ = "none", label_;
     std::atomic<bool> open_{false}, lost_{false};
     std::atomic<protocol::Time> heard_at_, spoke_at_;

@@ -1,10 +1,13 @@
 // The connection as its path sees it: each call takes the session's lock for a few hundred nanoseconds.
+#include <sys/epoll.h>
+
 #include <utility>
 
 #include "base/clock.hpp"
 #include "base/crc32c.hpp"
 #include "engine/connection.hpp"
 #include "engine/engine.hpp"
+#include "engine/watch.hpp"
 
 namespace kvt::engine {
 
@@ -134,6 +137,34 @@ void Connection::returned(const protocol::TransferPtr& transfer) {
 void Connection::wait_inactive(const protocol::TransferPtr& transfer) {
     std::unique_lock lock(mutex_);
     inactive_.wait(lock, [&] { return transfer->active == 0; });
+}
+
+// ---- the peer's process
+
+void Connection::watch_process(int pid) {
+    auto watch = ProcessWatch::open(pid, shared_from_this());
+    if (!watch) {
+        return;
+    }
+    engine_.reactor().add(watch->fd(), EPOLLIN, watch);
+    {
+        const std::lock_guard lock(mutex_);
+        watch_ = std::move(watch);
+    }
+    if (is_lost()) {
+        unwatch_process();  // close() may have looked before
+    }
+}
+
+void Connection::unwatch_process() {
+    std::shared_ptr<ProcessWatch> watch;
+    {
+        const std::lock_guard lock(mutex_);
+        watch = std::move(watch_);
+    }
+    if (watch) {
+        engine_.reactor().remove(watch->fd());
+    }
 }
 
 // ---- for explain() and stats()

@@ -101,9 +101,15 @@ void Engine::close() {
         mover->stop();
     }
     reactor_->stop();
-    const std::lock_guard lock(messages_mutex_);
-    messages_.clear();
-    raise_fd(messages_event_);
+    admission_->close_reserve();
+    {
+        const std::lock_guard lock(messages_mutex_);
+        messages_.clear();
+        raise_fd(messages_event_);  // for whoever waits for it, and keeps it open so long
+        messages_event_.reset();
+    }
+    const std::lock_guard lock(events_mutex_);
+    events_.reset();
 }
 
 // ---- connections and pools
@@ -112,6 +118,9 @@ std::shared_ptr<Connection> Engine::new_connection(std::string session_id) {
     auto connection = std::make_shared<Connection>(*this, session_id);
     {
         const std::lock_guard lock(mutex_);
+        if (closed()) {  // close() has, or will have, asked for all of them
+            throw NotUsable(Cause::connection_closed, "the endpoint is closed");
+        }
         connections_[std::move(session_id)] = connection;
     }
     reactor_->wake();  // heartbeats may begin
@@ -308,17 +317,20 @@ Time Engine::turn() {
 
 // ---- events and messages
 
+int Engine::event_fd() {
+    const std::lock_guard lock(events_mutex_);
+    return events_.get();
+}
+
 void Engine::post_event(Event event) {
-    {
-        const std::lock_guard lock(events_mutex_);
-        if (pending_events_.size() >= kMaxEvents) {
-            if (event.fd >= 0) {
-                ::close(event.fd);
-            }
-            return;
+    const std::lock_guard lock(events_mutex_);
+    if (pending_events_.size() >= kMaxEvents) {
+        if (event.fd >= 0) {
+            ::close(event.fd);
         }
-        pending_events_.push_back(std::move(event));
+        return;
     }
+    pending_events_.push_back(std::move(event));
     raise_fd(events_);
 }
 
@@ -347,8 +359,10 @@ void Engine::deliver(const std::shared_ptr<Connection>& from, std::vector<protoc
 std::vector<Engine::Delivered> Engine::recv_messages(std::int64_t until) {
     std::deque<std::pair<std::shared_ptr<Connection>, protocol::Bytes>> taken;
     for (;;) {
+        int event = -1;
         {
             const std::lock_guard lock(messages_mutex_);
+            event = messages_event_.get();
             lower_fd(messages_event_);
             taken.swap(messages_);
         }
@@ -356,7 +370,7 @@ std::vector<Engine::Delivered> Engine::recv_messages(std::int64_t until) {
         if (!taken.empty() || left <= 0 || closed()) {
             break;
         }
-        pollfd one{messages_event_.get(), POLLIN, 0};
+        pollfd one{event, POLLIN, 0};
         const timespec timeout{left / 1'000'000'000, left % 1'000'000'000};
         if (::ppoll(&one, 1, &timeout, nullptr) < 0) {
             break;  // a signal: the interpreter looks at it

@@ -59,10 +59,11 @@ class Engine {
     Admission& admission() noexcept { return *admission_; }
     bool forked() const noexcept;
     bool closed() const noexcept { return closed_.load(std::memory_order_acquire); }
-    /// Ends every connection (pending transfers: ConnectionClosed), joins the threads. Idempotent.
+    /// Ends every connection (pending transfers: ConnectionClosed), joins the threads, closes the
+    /// descriptors. Idempotent.
     void close();
 
-    /// `session_id` may be a placeholder until rename().
+    /// `session_id` may be a placeholder until rename(). Throws NotUsable when closed.
     std::shared_ptr<Connection> new_connection(std::string session_id);
     void rename(const std::shared_ptr<Connection>& connection, const std::string& session_id);
     std::shared_ptr<Connection> find(const std::string& session_id);
@@ -80,7 +81,7 @@ class Engine {
     void deliver(const std::shared_ptr<Connection>& from, std::vector<protocol::Bytes> messages);
 
     // For Python.
-    int event_fd() const noexcept { return events_.get(); }
+    int event_fd();
     std::vector<Event> poll_events();
     void post_event(Event event);
     void log(int level, std::string text);
@@ -117,12 +118,12 @@ class Engine {
     std::atomic<protocol::Time> next_deadline_{protocol::kNever}, planned_{0};
     protocol::Time next_heartbeat_ = 0;
 
-    Fd events_;
     std::mutex events_mutex_;
+    Fd events_;
     std::vector<Event> pending_events_;
 
-    Fd messages_event_;
     std::mutex messages_mutex_;
+    Fd messages_event_;
     std::deque<std::pair<std::shared_ptr<Connection>, protocol::Bytes>> messages_;
 };
 

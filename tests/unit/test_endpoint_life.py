@@ -6,6 +6,7 @@ import os
 import resource
 import select
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -13,6 +14,7 @@ import threading
 import time
 import weakref
 
+import numpy as np
 import pytest
 
 from kvtransport.config import Config
@@ -77,6 +79,65 @@ def test_nothing_is_left_behind():
         once()
     gc.collect()
     assert (descriptors(), threading.active_count()) == before
+
+
+def test_close_closes_every_descriptor_while_the_objects_live():
+    threading.Event().wait(0)
+    with Endpoint(TCP) as warm:  # what a process or a thread has once
+        warm.recv_messages(timeout=0)
+    before = set(os.listdir("/proc/self/fd"))
+    ours, theirs = Endpoint(TCP), Endpoint(TCP)
+    where = theirs.listen("127.0.0.1:0")
+    connection, accepted = ours.connect(where), theirs.accept()
+    pool = ours.register(np.zeros((4, 64), np.uint8))
+    transfer = connection.send_blocks(pool, [0], key="k")
+    for endpoint in (ours, theirs):
+        endpoint.close()
+        threads = [one.name for one in threading.enumerate() if one.is_alive()]
+        assert endpoint._acceptor.loop._thread.name not in threads
+    assert set(os.listdir("/proc/self/fd")) <= before
+    for call in (
+        ours.recv_messages, ours.accept, ours.descriptor, ours.stats, ours.connections,
+        lambda: ours.listen("127.0.0.1:0"), lambda: ours.connect(where), lambda: ours.register(bytearray(8)),
+        lambda: connection.send_message(b"late"), lambda: connection.recv_blocks(pool, [1], key="late"),
+        lambda: connection.refuse("k", "late"), transfer.result,
+    ):  # fmt: skip
+        with pytest.raises(ConnectionClosed):
+            call()
+    transfer.cancel()
+    pool.close(timeout=1)
+    connection.close()
+    assert (connection.state, accepted.state) == ("lost", "lost")
+
+
+def test_the_native_engine_raises_once_it_is_closed():
+    ours = Endpoint(TCP)
+    ours.close()
+    engine = ours.engine
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        sock.listen()
+        for call in (lambda: engine.new_session(bytes(16)), lambda: engine.add_listener(sock.fileno())):
+            with pytest.raises(ConnectionClosed):
+                call()
+    assert engine.recv_messages(0) == []
+    assert engine.poll_events() == []
+    engine.close()
+
+
+def test_a_lost_connection_holds_no_descriptor():
+    with Endpoint(TCP) as ours, Endpoint(TCP) as theirs:
+        where = theirs.listen("127.0.0.1:0")
+        ours.connect(where).close()
+        theirs.accept()
+        within(10, lambda: not theirs.connections())
+        before = descriptors()
+        kept = []
+        for _ in range(3):
+            kept += [ours.connect(where), theirs.accept()]
+            kept[-2].close()
+            within(10, lambda: not theirs.connections())
+        within(10, lambda: descriptors() <= before)
 
 
 def test_an_endpoint_that_is_forgotten_ends():
