@@ -53,10 +53,10 @@ class TransferResult:
         backend: the way that was used, "tcp" and so on.
         blocks: number of blocks, over all groups; each is counted once, however many layers it has.
         runs: contiguous runs of memory that were read or written here, after merging.
-        chunks: units of pipelining.
+        chunks: units of pipelining; where the receiver copies, its copies.
         resumed_nbytes: of `nbytes`, what a lost connection had already brought and wasn't sent again.
-        wire_s: from the first byte to the last.
-        queued_s: from the match to the first byte.
+        wire_s: from the first byte to the end; 0 if there was none.
+        queued_s: from the post to the first byte.
         meta: the bytes that the other side gave as `meta`.
     """
 

@@ -127,7 +127,17 @@ class Actor:
         result = self.handles[handle].result(LIMIT_S)
         if result is None:
             return {}
-        fields = ("nbytes", "seconds", "backend", "blocks", "runs", "chunks", "resumed_nbytes")
+        fields = (
+            "nbytes",
+            "seconds",
+            "backend",
+            "blocks",
+            "runs",
+            "chunks",
+            "resumed_nbytes",
+            "wire_s",
+            "queued_s",
+        )
         return {name: getattr(result, name) for name in fields} | {"meta": result.meta.hex()}
 
     def do_error(self, handle: str, timeout: float) -> dict[str, Any] | None:

@@ -56,6 +56,12 @@ def move(
         same(result["blocks"], len(there), "blocks")
         same(result["backend"], rig.backend, "backend")
         same(result["resumed_nbytes"], 0, "resumed_nbytes")
+        same(bool(result["chunks"]), bool(result["nbytes"]), "whether there were chunks")
+        same(result["wire_s"] > 0, bool(result["nbytes"]), "whether bytes took time")
+        same(
+            round(result["queued_s"] + result["wire_s"] - result["seconds"], 6), 0.0, "time not accounted for"
+        )
+    same(sent["chunks"], got["chunks"], "chunks")
     same(destination.progress("t"), (got["nbytes"], got["nbytes"]), "progress at the destination")
     same((destination.state("t"), source.state("t")), ("done", "done"), "states")
     destination.holds("to", to.after(of, here, there))

@@ -77,7 +77,7 @@ void Connection::receive_inline(const protocol::Header& header, std::span<const 
         verified = digest_ == protocol::DigestKind::none ||
                    (trailer.kind == digest_ && trailer.digest == digest);
     }
-    session_.chunk_end(target, trailer, verified, now);
+    session_.chunk_end(target, trailer, verified, monotonic_ns());  // the copy took time
     static_cast<TransferHandle&>(*target.transfer).signal_progress();
 }
 
@@ -123,7 +123,7 @@ void Connection::chunk_left(const protocol::ChunkJob& job, bool whole, bool begu
 
 protocol::TransferPtr Connection::lend(std::uint64_t offer) {
     const std::lock_guard lock(mutex_);
-    return session_.lend(offer);
+    return session_.lend(offer, monotonic_ns());
 }
 
 void Connection::returned(const protocol::TransferPtr& transfer) {

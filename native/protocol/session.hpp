@@ -149,7 +149,7 @@ class Session {
     bool gates_wait() const noexcept { return !gated_.empty(); }
     /// Memory backends in one process: the destination's mover holds the source's record while it copies;
     /// null when the source has ended. Each one lent is returned().
-    TransferPtr lend(std::uint64_t offer);
+    TransferPtr lend(std::uint64_t offer, Time now);
     void returned(const TransferPtr& transfer, Time now);
     void progressed(const TransferPtr& transfer, Time now) noexcept { transfer->moved_at = now; }
     void lost(Cause cause, const std::string& reason, Time now);

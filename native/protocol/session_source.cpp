@@ -306,12 +306,17 @@ void Session::chunk_left(const ChunkJob& job, bool whole, bool begun, Time now) 
     }
 }
 
-TransferPtr Session::lend(std::uint64_t offer) {
+TransferPtr Session::lend(std::uint64_t offer, Time now) {
     const auto known = offers_.find(offer);
     if (lost_ || known == offers_.end() || !known->second->undecided()) {
         return nullptr;
     }
-    ++known->second->active;
+    Transfer& transfer = *known->second;
+    ++transfer.active;
+    transfer.moved_at = now;
+    if (transfer.first_byte_at == 0) {
+        transfer.first_byte_at = now;
+    }
     return known->second;
 }
 
@@ -347,6 +352,9 @@ void Session::on_done(const Header& header, Time now) {
         // quiescing.
         transfer->done_early = true;
         transfer->outcome = {Cause::ok, Delivered::yes, {}, {}};
+    }
+    if (config_.memory_backend) {
+        transfer->chunks = header.arg;  // only the destination has counted its copies
     }
     apply(transfer, Event::done, now);
 }

@@ -35,8 +35,7 @@ Time Session::deadline_of(const Transfer& transfer, Cause& cause) const noexcept
         sooner(after(transfer.waits_since, transfer.limits.match), Cause::timeout_match);
     } else if (transfer.gate_shut) {
         sooner(after(transfer.waits_since, transfer.limits.match), Cause::timeout_gate);
-    } else if (!(config_.memory_backend && transfer.role == Role::source)) {
-        // A source whose destination copies sees no byte: the destination's clock counts for both.
+    } else {  // a source whose destination copies sees each copy begin and end: lend(), returned()
         sooner(after(transfer.moved_at, transfer.limits.stall), Cause::timeout_bytes);
     }
     return deadline;

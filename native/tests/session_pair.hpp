@@ -209,7 +209,7 @@ class Pair {
         if (!target) {
             return false;
         }
-        const TransferPtr source = other(side).session.lend(target->transfer->partner);
+        const TransferPtr source = other(side).session.lend(target->transfer->partner, now);
         Trailer trailer{source ? ChunkStatus::ok : ChunkStatus::aborted, kind, 0};
         if (source) {
             copy(*source, *target->transfer, target->range);

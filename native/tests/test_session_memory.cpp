@@ -47,7 +47,7 @@ TEST_CASE("a cancelled source waits for the verdict: the copy may be whole") {
         for (int i = 0; i < copies; ++i) CHECK(c.pair.copy_one(c.pair.b));
         c.cancel_source();  // before it has read the WANT
         CHECK_FALSE(c.source->finished);
-        CHECK(c.pair.a.session.lend(1) == nullptr);
+        CHECK(c.pair.a.session.lend(1, 0) == nullptr);
         c.pair.run();
         CHECK(c.source->outcome.cause == (copies == 3 ? Cause::ok : Cause::cancelled));
         CHECK(c.destination->outcome.cause == (copies == 3 ? Cause::ok : Cause::peer_aborted));
@@ -136,6 +136,49 @@ TEST_CASE("a late offer that was never taken doesn't swallow the next want") {
         CHECK(c.destination->outcome.cause == Cause::ok);
         c.pair.expect_idle();
     }
+}
+
+TEST_CASE("a source knows the copies' number, and when the first began") {
+    Copying c;
+    c.pair.a.post(c.source);
+    c.pair.b.post(c.destination);
+    c.pair.deliver(c.pair.a);
+    c.pair.deliver(c.pair.b);
+    c.pair.now = 5 * kMs;
+    CHECK(c.pair.copy_one(c.pair.b));
+    c.pair.now = 9 * kMs;
+    c.pair.run();
+    CHECK(c.source->outcome.cause == Cause::ok);
+    CHECK(c.source->first_byte_at == 5 * kMs);
+    CHECK(c.source->over_at == 9 * kMs);
+    CHECK(c.destination->chunks == 3);
+    CHECK(c.source->chunks == 3);
+    c.pair.expect_idle();
+}
+
+TEST_CASE("a source whose destination stops copying ends by its own clock") {
+    Copying c;
+    c.source->limits.stall = kSecond;
+    c.pair.a.post(c.source);
+    c.pair.b.post(c.destination);
+    c.pair.deliver(c.pair.a);
+    c.pair.deliver(c.pair.b);
+    c.pair.now = 900 * kMs;
+    CHECK(c.pair.copy_one(c.pair.b));
+    c.pair.now = 1899 * kMs;  // the copy has set it back
+    c.pair.a.session.on_time(c.pair.now);
+    c.pair.a.settle(c.pair.now);
+    CHECK(c.source->state == State::sent);
+    CHECK(c.pair.a.session.next_deadline() == 1900 * kMs);
+    c.pair.now = 1900 * kMs;
+    c.pair.a.session.on_time(c.pair.now);
+    c.pair.a.settle(c.pair.now);
+    CHECK(c.source->state == State::verdict);
+    c.pair.run();
+    CHECK(c.source->outcome.cause == Cause::timeout_bytes);
+    CHECK(c.source->outcome.delivered == Delivered::no);
+    CHECK(c.destination->outcome.cause == Cause::peer_aborted);
+    c.pair.expect_idle();
 }
 
 TEST_CASE("copies that find the source gone are no bytes") {

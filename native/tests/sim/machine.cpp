@@ -500,7 +500,7 @@ void Machine::start_copies() {
 }
 
 void Machine::lend(const std::shared_ptr<Copy>& copy) {
-    copy->source = peer_->session_.lend(copy->target.transfer->partner);
+    copy->source = peer_->session_.lend(copy->target.transfer->partner, clock_.now());
     if (copy->source == nullptr) {
         finish_copy(copy);
         return;
