@@ -9,6 +9,7 @@ but `result`, `wait_layer` and `wait` blocks.
 
 from __future__ import annotations
 
+import abc
 import ctypes
 from collections.abc import Generator, Iterable
 from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypeVar
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 Outcome = TypeVar("Outcome")
 
 
-class Handle(Generic[Outcome]):
+class Handle(abc.ABC, Generic[Outcome]):
     """Something that was posted and will end. Can be waited on, awaited, polled; see Transfer."""
 
     __slots__ = ("__weakref__", "_bridges", "native", "tag")
@@ -80,8 +81,9 @@ class Handle(Generic[Outcome]):
     def _cancel(self) -> None:
         """What the cancellation of an awaiting task does."""
 
+    @abc.abstractmethod
     def _finished(self) -> Outcome:
-        raise NotImplementedError
+        """Return the outcome of what has ended, or raise its error."""
 
 
 class Transfer(Handle[TransferResult]):

@@ -7,6 +7,7 @@ Invariant: a call returns, or raises, what the same call of the public API does,
 
 from __future__ import annotations
 
+import abc
 import json
 import os
 import select
@@ -21,14 +22,14 @@ from kvtransport.testing.actor import LIMIT_S, Actor, error_from_json
 from kvtransport.testing.blocks import Blocks, Bytes, digests
 
 
-class Side:
+class Side(abc.ABC):
     """One end. Pools, gates and handles go by names; a transfer's key is its handle's name unless `key=` is given."""
 
     name = "side"
 
+    @abc.abstractmethod
     def call(self, command: str, **arguments: Any) -> Any:
         """Run a command of `Actor`."""
-        raise NotImplementedError
 
     def pool(self, name: str, blocks: Blocks) -> None:
         """Make memory and register it."""
@@ -121,6 +122,7 @@ class Side:
                 f"{self.name}, pool {pool!r}: layers {wrong} hold other bytes than were sent"
             )
 
+    @abc.abstractmethod
     def end(self) -> None:
         """Let go of what the side itself needs. The last call."""
 
@@ -135,6 +137,9 @@ class LocalSide(Side):
     def call(self, command: str, **arguments: Any) -> Any:
         """Run it here."""
         return self.actor.do(command, arguments)
+
+    def end(self) -> None:
+        """Nothing: what it has are the actor's objects."""
 
 
 class ProcessSide(Side):
