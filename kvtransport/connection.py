@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -89,29 +89,11 @@ class Connection:
         since it was registered), PeerLost or ConnectionClosed (this connection has ended).
         """
         gate = None if after is None else require_gate(after, pool).native
-        if stream is not None:
-            raise no_streams()
-        self._check(pool)
-        index = pool.layer_indices(layers)
-        tag_id = queue.next_id() if queue is not None else 0
-        native = self._session.post_send(
-            pool.native,
-            block_ids,
-            key,
-            index,
-            pool.head_slice(heads, index),
-            gate,
-            match_timeout_s,
-            stall_timeout_s,
-            -1.0 if timeout_s is None else timeout_s,
-            meta,
-            None if queue is None else queue.native,
-            tag_id,
+        limits = (match_timeout_s, stall_timeout_s, -1.0 if timeout_s is None else timeout_s)
+        post = self._session.post_send
+        return self._post(
+            post, pool, block_ids, key, layers, heads, (gate, *limits, meta), stream, queue, tag
         )
-        transfer = Transfer(native, self._endpoint.bridges, pool, key, tag)
-        if queue is not None:
-            queue.entered(tag_id, transfer)
-        return transfer
 
     def recv_blocks(
         self,
@@ -137,28 +119,9 @@ class Connection:
         Raises besides: ValueError where block ids overlap within the call or the pool is read-only,
         LocalProtocolError where another receive in flight fills some of the same bytes (it names its key).
         """
-        if stream is not None:
-            raise no_streams()
-        self._check(pool)
-        index = pool.layer_indices(layers)
-        tag_id = queue.next_id() if queue is not None else 0
-        native = self._session.post_recv(
-            pool.native,
-            block_ids,
-            key,
-            index,
-            pool.head_slice(heads, index),
-            match_timeout_s,
-            stall_timeout_s,
-            -1.0 if timeout_s is None else timeout_s,
-            meta,
-            None if queue is None else queue.native,
-            tag_id,
-        )
-        transfer = Transfer(native, self._endpoint.bridges, pool, key, tag)
-        if queue is not None:
-            queue.entered(tag_id, transfer)
-        return transfer
+        limits = (match_timeout_s, stall_timeout_s, -1.0 if timeout_s is None else timeout_s)
+        post = self._session.post_recv
+        return self._post(post, pool, block_ids, key, layers, heads, (*limits, meta), stream, queue, tag)
 
     def refuse(self, key: str | bytes, reason: str, *, remember_s: float = MATCH_TIMEOUT_S) -> None:
         """Tell the side that waits for this key, or will within `remember_s` seconds, that nothing comes.
@@ -295,6 +258,34 @@ class Connection:
                 str(error),
                 **{n: getattr(error, n) for n in type(error).attribute_names() if n in vars(error)},
             )
+
+    def _post(
+        self,
+        post: Callable[..., _native.Transfer],
+        pool: BlockPool,
+        block_ids: BlockIds,
+        key: str | bytes,
+        layers: Iterable[LayerName] | None,
+        heads: Heads,
+        own: tuple[object, ...],
+        stream: object,
+        queue: CompletionQueue | None,
+        tag: object,
+    ) -> Transfer:
+        """Make one native call: the session's `post`, with `own` in the middle of its arguments."""
+        if stream is not None:
+            raise no_streams()
+        self._check(pool)
+        index = pool.layer_indices(layers)
+        slice_ = pool.head_slice(heads, index)
+        if queue is None:
+            native = post(pool.native, block_ids, key, index, slice_, *own, None, 0)
+            return Transfer(native, self._endpoint.bridges, pool, key, tag)
+        tag_id = queue.next_id()
+        native = post(pool.native, block_ids, key, index, slice_, *own, queue.native, tag_id)
+        transfer = Transfer(native, self._endpoint.bridges, pool, key, tag)
+        queue.entered(tag_id, transfer)
+        return transfer
 
     def _check(self, pool: BlockPool) -> None:
         """What is cheap and can be known at the call."""
