@@ -19,13 +19,12 @@ import kvtransport as kvt
 README = Path(__file__).resolve().parents[2] / "README.md"
 
 PEER = """
-import time
 import kvtransport as kvt
 
 with kvt.Endpoint() as endpoint:
     print(endpoint.listen("127.0.0.1:0"), flush=True)
     endpoint.accept(timeout=60)
-    time.sleep(60)
+    endpoint.recv_messages(timeout=60)
 """
 
 NOT_PROVOKED = {

@@ -105,26 +105,13 @@ def check_delivered(error) -> None:
 
 @contextlib.contextmanager
 def stopped(pid: int) -> Iterator[None]:
-    """SIGSTOP, seen to have happened; SIGCONT at the end."""
+    """SIGSTOP to a child of ours, seen to have happened; SIGCONT at the end."""
     os.kill(pid, signal.SIGSTOP)
     try:
-        until(lambda: _state(pid) == "T", 10)
+        assert os.waitid(os.P_PID, pid, os.WSTOPPED) is not None
         yield
     finally:
         os.kill(pid, signal.SIGCONT)
-
-
-def _state(pid: int) -> str:
-    with open(f"/proc/{pid}/stat") as stat:
-        return stat.read().rpartition(")")[2].split()[0]
-
-
-def until(condition, seconds: float = 20) -> None:
-    """Wait for what no event tells; AssertionError after `seconds`."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it didn't come about"
-        time.sleep(0.001)
 
 
 @contextlib.contextmanager

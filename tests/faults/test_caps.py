@@ -12,7 +12,8 @@ from kvtransport.errors import PeerLost, RemoteProtocolError, ResourceLimit
 from kvtransport.testing.side import ProcessSide
 from tests.faults import hostile
 from tests.faults.hostile import PIECE, Hostile, frame, header, offer, pool, terms, text, want
-from tests.faults.peers import IDS, OF, TO, until
+from tests.faults.peers import IDS, OF, TO
+from tests.waiting import until
 
 LIMIT_S = 20
 BIG = (1 << 31, (1 << 32) - 1)

@@ -15,10 +15,10 @@ from tests.faults.peers import (
     check_untouched,
     post,
     rewrite,
-    until,
     within,
 )
 from tests.faults.proxy import Fault
+from tests.waiting import until
 
 LANDED = (0, 1, 2)
 MID_CHUNK = len(LANDED) * FRAME + HEADER + 1000

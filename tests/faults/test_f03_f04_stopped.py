@@ -21,9 +21,9 @@ from tests.faults.peers import (
     post,
     rewrite,
     stopped,
-    until,
 )
 from tests.faults.proxy import Fault
+from tests.waiting import until
 
 LANDED = (0, 1)
 MID_CHUNK = len(LANDED) * FRAME + HEADER + 1000

@@ -18,10 +18,10 @@ from tests.faults.peers import (
     check_untouched,
     post,
     rewrite,
-    until,
     within,
 )
 from tests.faults.proxy import Fault
+from tests.waiting import until
 
 LANDED = (0, 1, 2)
 MATCH_S = 0.5

@@ -3,7 +3,8 @@
 import threading
 
 from kvtransport import Config, Endpoint
-from tests.faults.peers import IDS, OF, TO, until
+from tests.faults.peers import IDS, OF, TO
+from tests.waiting import until
 
 THREADS = 100
 

@@ -5,7 +5,8 @@ import time
 from kvtransport import Config, Endpoint
 from kvtransport.errors import PeerAborted, TransferTimeout
 from kvtransport.testing.blocks import Blocks
-from tests.faults.peers import IDS, OF, TO, check_delivered, stopped, until
+from tests.faults.peers import IDS, OF, TO, check_delivered, stopped
+from tests.waiting import until
 
 MUCH = Blocks(64, 1 << 20)
 STALL_S = 1.5

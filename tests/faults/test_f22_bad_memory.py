@@ -14,9 +14,9 @@ from tests.faults.peers import (
     check_landed,
     check_states,
     post,
-    until,
 )
 from tests.faults.proxy import Fault
+from tests.waiting import until
 
 BAD = 5
 

@@ -11,8 +11,6 @@ from functools import partial
 import pytest
 
 from kvtransport.acceptor import ConnectTimeout
-from kvtransport.config import Config
-from kvtransport.endpoint import Endpoint
 from kvtransport.errors import (
     ConnectionClosed,
     HandshakeError,
@@ -26,35 +24,15 @@ LOOPBACK = "127.0.0.1:0"
 
 
 @pytest.fixture
-def endpoint():
-    """Make endpoints that are closed at the end; over TCP unless said otherwise."""
-    made = []
-
-    def make(**settings):
-        settings.setdefault("backends", ("tcp",))
-        made.append(Endpoint(Config(**settings)))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.close()
-
-
-@pytest.fixture
-def free_port():
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
-
-
-def lost(connection):
+def lost(turns):
     """Wait until a Connection is lost; return why."""
-    until = time.monotonic() + 10
-    while connection._error is None:
-        assert time.monotonic() < until, connection
-        time.sleep(0.001)
-    assert connection.state == "lost"
-    return connection._error
+
+    def wait(connection):
+        turns.until(lambda: connection._error is not None)
+        assert connection.state == "lost"
+        return connection._error
+
+    return wait
 
 
 def at_once(*calls):
@@ -110,7 +88,7 @@ def test_to_a_connected_peer_the_same_connection(endpoint):
     assert theirs.connect(ours.descriptor()) is accepted
 
 
-def test_a_lost_connection_stays_so_and_connect_makes_a_new_one(endpoint):
+def test_a_lost_connection_stays_so_and_connect_makes_a_new_one(endpoint, lost):
     ours, theirs = endpoint(), endpoint()
     where = theirs.listen(LOOPBACK)
     first, accepted = ours.connect(where), theirs.accept()
@@ -122,7 +100,7 @@ def test_a_lost_connection_stays_so_and_connect_makes_a_new_one(endpoint):
     assert theirs.accept() is not accepted
 
 
-def test_the_peers_restart_is_told(endpoint, free_port):
+def test_the_peers_restart_is_told(endpoint, lost, free_port):
     ours, theirs = endpoint(), endpoint()
     where = theirs.listen(f"127.0.0.1:{free_port}")
     before = ours.connect(where)
@@ -194,7 +172,7 @@ def test_f18_a_hundred_threads_connect_to_one_peer(endpoint):
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_f18_every_mix_of_connects_ends_in_one_session(endpoint, seed):
+def test_f18_every_mix_of_connects_ends_in_one_session(endpoint, turns, seed):
     mix = random.Random(seed)
     backends = mix.choice([("tcp",), None])
     ours, theirs = endpoint(backends=backends), endpoint(backends=backends)
@@ -206,10 +184,9 @@ def test_f18_every_mix_of_connects_ends_in_one_session(endpoint, seed):
         where = mix.choice([other.descriptor(), other._acceptor.addresses()[0]])
         calls.append(partial(one.connect, where, timeout=20, wait=mix.random() < 0.7))
     found = at_once(*calls)
-    until = time.monotonic() + 20
-    while not (ours.connections() and theirs.connections() and all(c.state == "open" for c in found)):
-        assert time.monotonic() < until, found
-        time.sleep(0.001)
+    turns.until(
+        lambda: ours.connections() and theirs.connections() and all(c.state == "open" for c in found), 20
+    )
     assert len({c._session.id for c in (*found, *ours.connections(), *theirs.connections())}) == 1
 
 
@@ -332,7 +309,7 @@ def test_a_connection_before_its_session(endpoint, free_port):
     assert connection.peer.incarnation == theirs.incarnation
 
 
-def test_a_connection_that_gets_no_session(endpoint, free_port):
+def test_a_connection_that_gets_no_session(endpoint, lost, free_port):
     connection = endpoint().connect(f"127.0.0.1:{free_port}", timeout=0.1, wait=False)
     assert isinstance(lost(connection), ConnectTimeout)
 
@@ -346,22 +323,20 @@ def test_the_peers_dial_serves_a_connection_that_waits(endpoint):
     assert waiting.state == "open"
 
 
-def test_two_names_of_one_peer(endpoint):
+def test_two_names_of_one_peer(endpoint, turns):
     ours, theirs = endpoint(), endpoint()
     where = theirs.listen(LOOPBACK)
     first = ours.connect("localhost:" + where.rpartition(":")[2], timeout=20, wait=False)
     second = ours.connect(where, timeout=20)
     assert ours.connect("localhost:" + where.rpartition(":")[2], timeout=20)._session.id == second._session.id
-    until = time.monotonic() + 10
-    while first.state == "connecting" and time.monotonic() < until:
-        time.sleep(0.001)
+    turns.until(lambda: first.state != "connecting")
     assert first._session.id == second._session.id
     assert theirs.accept().state == "open"
     with pytest.raises(WaitTimeout):
         theirs.accept(timeout=0)
 
 
-def test_await_and_cancel(endpoint, free_port):
+def test_await_and_cancel(endpoint, turns, free_port):
     ours, theirs = endpoint(), endpoint()
     where = theirs.listen(LOOPBACK)
 
@@ -377,16 +352,13 @@ def test_await_and_cancel(endpoint, free_port):
             await task
 
     asyncio.run(asyncio.wait_for(main(), 30))
-    until = time.monotonic() + 10
-    while ours._acceptor._dials:
-        assert time.monotonic() < until, "the tries go on"
-        time.sleep(0.001)
+    turns.until(lambda: not ours._acceptor._dials)
 
 
 # --- the end ---
 
 
-def test_close_ends_every_wait(endpoint, free_port):
+def test_close_ends_every_wait(endpoint, lost, free_port):
     ours = endpoint()
     pending = ours._acceptor.connect(f"127.0.0.1:{free_port}", 60)
     later = ours.connect("127.0.0.1:1", timeout=60, wait=False)
@@ -419,7 +391,7 @@ def test_close_ends_every_wait(endpoint, free_port):
     assert "closed" in repr(ours)
 
 
-def test_close_is_the_peers_loss(endpoint, tmp_path):
+def test_close_is_the_peers_loss(endpoint, lost, tmp_path):
     ours, theirs = endpoint(), endpoint()
     connection, accepted = ours.connect(theirs.listen(f"unix:{tmp_path}/s")), theirs.accept()
     theirs.close()

@@ -12,8 +12,6 @@ import pytest
 
 from kvtransport.acceptor import ConnectTimeout
 from kvtransport.backends.tcp import TcpBackend
-from kvtransport.config import Config
-from kvtransport.endpoint import Endpoint
 from kvtransport.errors import (
     AuthenticationError,
     DowngradeError,
@@ -25,23 +23,9 @@ from kvtransport.protocol import messages
 from kvtransport.protocol.auth import NullSuite
 from kvtransport.protocol.handshake import Handshake, PeerKnown, ProveLink
 from kvtransport.protocol.messages import Accept, Hello, Kind, Preamble, Reachability, Role
+from tests.unit.other_user import NOBODY, as_nobody, squatter
 
-NOBODY = 65534
 PREAMBLE = Preamble(1, 1, Kind.CONTROL, 1).encode()
-
-
-@pytest.fixture
-def endpoint():
-    made = []
-
-    def make(**settings):
-        settings.setdefault("backends", ("tcp",))
-        made.append(Endpoint(Config(**settings)))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.close()
 
 
 @pytest.fixture
@@ -390,22 +374,6 @@ def test_random_responders_never_break_the_thread(endpoint, listening):
 # --- M19: another user ---
 
 
-def as_nobody(task):
-    if os.geteuid() != 0:
-        pytest.skip("needs root, to act as another user")
-    pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            os.setgid(NOBODY)
-            os.setuid(NOBODY)
-            task()
-            status = 0
-        finally:
-            os._exit(status)
-    return pid
-
-
 def test_m19_another_user_dials_us(endpoint, listening, caplog):
     one, where = listening
 
@@ -424,29 +392,16 @@ def test_m19_another_user_dials_us(endpoint, listening, caplog):
 
 @pytest.mark.parametrize("accepts", [True, False], ids=["answers", "closes"])
 def test_m19_another_user_squats_the_port(endpoint, accepts):
-    ready, told = os.pipe()
-    reading, writing = os.pipe()
+    def serve(sock):
+        if accepts and sock.recv(1):
+            raise AssertionError("it was spoken to")
+        sock.close()
 
-    def squat():
-        os.close(writing)
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            server.settimeout(10)
-            os.write(told, str(server.getsockname()[1]).encode())
-            sock, _ = server.accept()
-            with sock:
-                if accepts and sock.recv(1):
-                    raise AssertionError("it was spoken to")
-            os.read(reading, 1)
-
-    child = as_nobody(squat)
-    os.close(told)
-    os.close(reading)
-    port = int(os.read(ready, 10))
-    with pytest.raises(AuthenticationError, match=f"uid {NOBODY}.*run both ends as one user"):
+    with (
+        squatter("127.0.0.1", serve) as (port, _),
+        pytest.raises(AuthenticationError, match=f"uid {NOBODY}.*run both ends as one user"),
+    ):
         endpoint().connect(f"127.0.0.1:{port}", timeout=10)
-    os.close(writing)
-    assert os.waitpid(child, 0)[1] == 0
-    os.close(ready)
 
 
 def test_a_lane_of_another_user_is_not_taken(endpoint, listening, monkeypatch):

@@ -16,11 +16,11 @@ from kvtransport.backends.base import Policy
 from kvtransport.backends.tcp import TcpBackend, endpoint_of, is_numeric, split_host_port
 from kvtransport.errors import AuthenticationError, InsecureConfigError
 from kvtransport.protocol.descriptor import Descriptor, is_descriptor, parse_descriptor
+from tests.unit.other_user import NOBODY, as_nobody, squatter
 
 STRICT = Policy()
 BACKEND = TcpBackend()
 LOCAL = ["127.0.0.1:0", "[::1]:0", "localhost:0", "unix"]
-NOBODY = 65534
 ZERO = "0" * 32 + "@"
 
 
@@ -47,23 +47,6 @@ def accept(listener):
     assert select.select([listener], [], [], 10)[0]
     with socket.socket(fileno=os.dup(listener.fileno())) as sock:
         return sock.accept()[0]
-
-
-def as_nobody(task):
-    """Run `task` in a child of another uid; return the child's pid. It ends when its standard input does."""
-    if os.geteuid() != 0:
-        pytest.skip("needs root, to act as another user")
-    pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            os.setgid(NOBODY)
-            os.setuid(NOBODY)
-            task()
-            status = 0
-        finally:
-            os._exit(status)
-    return pid
 
 
 # --- forms ---
@@ -347,31 +330,13 @@ def test_m19_another_user_dials_us(where, tmp_path):
 @pytest.mark.parametrize("where", ["127.0.0.1:0", "[::1]:0"])
 def test_m19_another_user_squats_the_port(where):
     host = split_host_port(where)[0]
-    ready, told = os.pipe()
-    reading, writing = os.pipe()
-
-    def squat():
-        os.close(writing)
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        with socket.socket(family) as server:
-            server.bind((host, 0))
-            server.listen()
-            os.write(told, str(server.getsockname()[1]).encode())
-            with server.accept()[0]:
-                os.write(told, b"!")
-                os.read(reading, 1)
-
-    child = as_nobody(squat)
-    text = where.replace(":0", f":{int(os.read(ready, 10))}")
-    assert BACKEND.owner(BACKEND.resolve(text)[0]) == NOBODY
-    with dial(text) as dialled:
-        assert os.read(ready, 1) == b"!"
-        with pytest.raises(AuthenticationError, match=f"uid {NOBODY}"):
-            BACKEND.prove(dialled, STRICT)
-    os.close(writing)
-    assert os.waitpid(child, 0)[1] == 0
-    for fd in (ready, told, reading):
-        os.close(fd)
+    with squatter(host) as (port, accepted):
+        text = where.replace(":0", f":{port}")
+        assert BACKEND.owner(BACKEND.resolve(text)[0]) == NOBODY
+        with dial(text) as dialled:
+            assert accepted()
+            with pytest.raises(AuthenticationError, match=f"uid {NOBODY}"):
+                BACKEND.prove(dialled, STRICT)
 
 
 def test_the_fallback_where_netlink_is_not_allowed(monkeypatch):

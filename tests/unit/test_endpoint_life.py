@@ -20,6 +20,7 @@ import pytest
 from kvtransport.config import Config
 from kvtransport.endpoint import Endpoint
 from kvtransport.errors import ConnectionClosed, ForkedProcessError, PeerLost, ResourceLimit
+from tests.waiting import until
 
 TCP = Config(backends=("tcp",))
 PRELUDE = """
@@ -51,13 +52,6 @@ def end(child):
     status = child.wait(20)
     child.stdout.close()
     return status
-
-
-def within(seconds, condition):
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.001)
 
 
 def descriptors():
@@ -125,19 +119,19 @@ def test_the_native_engine_raises_once_it_is_closed():
     engine.close()
 
 
-def test_a_lost_connection_holds_no_descriptor():
+def test_a_lost_connection_holds_no_descriptor(turns):
     with Endpoint(TCP) as ours, Endpoint(TCP) as theirs:
         where = theirs.listen("127.0.0.1:0")
         ours.connect(where).close()
         theirs.accept()
-        within(10, lambda: not theirs.connections())
+        turns.until(lambda: not theirs.connections())
         before = descriptors()
         kept = []
         for _ in range(3):
             kept += [ours.connect(where), theirs.accept()]
             kept[-2].close()
-            within(10, lambda: not theirs.connections())
-        within(10, lambda: descriptors() <= before)
+            turns.until(lambda: not theirs.connections())
+        until(lambda: descriptors() <= before)
 
 
 def test_an_endpoint_that_is_forgotten_ends():
@@ -152,7 +146,7 @@ def test_an_endpoint_that_is_forgotten_ends():
 
 
 @pytest.mark.parametrize("how", ["pass", "sys.exit(0)", "ep.close(); ep.close()", "del ep"])
-def test_f21_the_interpreters_exit_does_not_hang(how):
+def test_f21_the_interpreters_exit_does_not_hang(turns, how):
     with Endpoint(TCP) as ours:
         where = ours.listen("127.0.0.1:0")
         child = process(f"""
@@ -168,7 +162,7 @@ def test_f21_the_interpreters_exit_does_not_hang(how):
         before = time.monotonic()
         assert end(child) == 0
         assert time.monotonic() - before < 2.5
-        within(10, lambda: not ours.connections())
+        turns.until(lambda: not ours.connections())
 
 
 def test_f21_a_forked_child_is_told():
@@ -195,7 +189,7 @@ def test_f21_a_forked_child_is_told():
         assert theirs.recv_messages(timeout=10) == [(accepted, b"still here")]
 
 
-def test_f1_a_forked_child_does_not_keep_its_parents_connections():
+def test_f1_a_forked_child_does_not_keep_its_parents_connections(turns):
     with Endpoint(TCP) as ours:
         where = ours.listen("127.0.0.1:0")
         child = process(
@@ -204,10 +198,10 @@ def test_f1_a_forked_child_does_not_keep_its_parents_connections():
             ep.listen("127.0.0.1:0")
             pid = os.fork()
             if pid == 0:
-                time.sleep(60)
+                sys.stdin.read()
                 os._exit(0)
             print(pid, flush=True)
-            time.sleep(60)
+            sys.stdin.read()
             """,
             where,
         )
@@ -215,14 +209,14 @@ def test_f1_a_forked_child_does_not_keep_its_parents_connections():
         accepted = ours.accept()
         try:
             os.kill(child.pid, signal.SIGKILL)
-            within(2, lambda: accepted._error is not None)
+            turns.until(lambda: accepted._error is not None, 2)
             assert isinstance(accepted._error, PeerLost)
         finally:
             os.kill(grandchild, signal.SIGKILL)
             end(child)
 
 
-def test_f17_a_peer_that_restarts_at_its_address():
+def test_f17_a_peer_that_restarts_at_its_address(turns):
     code = "print(ep.listen(sys.argv[1]), flush=True); sys.stdin.read(); os._exit(0)"
     with Endpoint(TCP) as ours:
         first = process(code, "127.0.0.1:0")
@@ -235,7 +229,7 @@ def test_f17_a_peer_that_restarts_at_its_address():
         after = ours.connect(where)
         assert after is not before
         assert after.peer.incarnation != before.peer.incarnation
-        within(10, lambda: before._error is not None)
+        turns.until(lambda: before._error is not None)
         assert before.state == "lost"
         assert isinstance(before._error, PeerLost)
         end(second)
@@ -313,15 +307,15 @@ def test_close_from_many_threads():
         ours.listen("127.0.0.1:0")
 
 
-def test_an_idle_endpoint_sleeps():
+def test_an_idle_endpoint_sleeps(turns):
     with Endpoint(TCP) as ours, Endpoint(TCP) as theirs:
         ours.connect(theirs.listen("127.0.0.1:0"))
-        turns = []
+        woken = []
         for one in (ours, theirs):
             known = one._acceptor.loop._turn
-            one._acceptor.loop._turn = lambda known=known: (turns.append(1), known())
-        within(10, lambda: not theirs._acceptor._strangers)
+            one._acceptor.loop._turn = lambda known=known: (woken.append(1), known())
+        turns.until(lambda: not theirs._acceptor._strangers)
         select.select([], [], [], 0.2)  # what was due comes to rest
-        turns.clear()
+        woken.clear()
         select.select([], [], [], 0.5)
-        assert len(turns) <= 2
+        assert len(woken) <= 2
