@@ -40,7 +40,8 @@ _GRACE_S: Final = 5.0
 class Endpoint:
     """The end of all connections of this process. A context manager; usually one per process.
 
-    Config: see `kvtransport.Config`; None: the defaults. ResourceLimit: too few descriptors or threads.
+    Config: see `kvtransport.Config`; None: the defaults. ResourceLimit: too few descriptors or threads, or
+    too little memory for them.
 
     It keeps its pools and connections alive until they are closed, and itself, while it has connections:
     close it. An endpoint that is forgotten is closed at interpreter exit.
@@ -197,7 +198,8 @@ class Endpoint:
 
         With `nbytes` alone: that many bare bytes, which numpy and torch can view and `register` takes.
         Zeroed.
-        TypeError, ValueError: neither of the two forms, or a number that is not positive.
+        TypeError, ValueError: neither of the two forms, or a number that is not positive. ResourceLimit:
+        there is no room for so much.
         """
         self._check()
         made = pools.allocate(
@@ -335,7 +337,11 @@ def _acceptor(
         return Connection(endpoint=owner, peer=peer, backend_name=backend_name, session=session)
 
     acceptor = Acceptor(engine, incarnation, config, make_connection)
-    acceptor.start()
+    try:
+        acceptor.start()
+    except RuntimeError as e:  # Python's for a thread that can't be started
+        acceptor.abandon()
+        raise ResourceLimit("too few threads for an endpoint; raise ulimit -u, or ulimit -v") from e
     return acceptor
 
 

@@ -10,9 +10,11 @@ DLPack with its true name, or as unsigned bits when asked for by `bits`.
 
 from __future__ import annotations
 
+import errno
 import mmap
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from kvtransport.errors import ResourceLimit
 from kvtransport.memory import dlpack
 from kvtransport.memory.layout import DTYPES, NO_NUMPY_DTYPE, BlockLayout
 
@@ -35,10 +37,17 @@ class HostMemory(mmap.mmap):
     """
 
     def __new__(cls, nbytes: int) -> HostMemory:
-        """Allocate. ValueError for no positive number of bytes; OSError (ENOMEM) where there is no room."""
+        """Allocate. ValueError for no positive number of bytes; ResourceLimit where there is no room."""
         if isinstance(nbytes, bool) or not isinstance(nbytes, int) or nbytes < 1:
             raise ValueError(f"nbytes is {nbytes!r}, not a positive integer")
-        memory = super().__new__(cls, -1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        try:
+            memory = super().__new__(cls, -1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except OSError as e:
+            if e.errno != errno.ENOMEM:
+                raise
+            raise ResourceLimit(
+                f"there is no room for {nbytes} bytes; allocate less, or raise ulimit -v"
+            ) from e
         if nbytes >= _HUGE_PAGES_FROM and hasattr(mmap, "MADV_HUGEPAGE"):
             memory.madvise(mmap.MADV_HUGEPAGE)
         return memory

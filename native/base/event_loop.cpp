@@ -50,7 +50,12 @@ void EventLoop::start() {
     sigset_t all, before;
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
-    thread_ = std::thread([this] { main(); });
+    try {
+        thread_ = std::thread([this] { main(); });
+    } catch (const std::system_error& error) {
+        pthread_sigmask(SIG_SETMASK, &before, nullptr);
+        throw std::system_error(error.code(), "a thread can't be started; raise ulimit -u, or ulimit -v");
+    }
     pthread_sigmask(SIG_SETMASK, &before, nullptr);
 }
 

@@ -68,10 +68,22 @@ Engine::Engine(Options options)
         movers_.push_back(std::make_unique<backends::Mover>(cpu));
     }
     admission_ = std::make_unique<Admission>(*this);
-    reactor_->start();
-    for (auto& mover : movers_) {
-        mover->start();
+    try {
+        reactor_->start();
+        for (auto& mover : movers_) {
+            mover->start();
+        }
+    } catch (...) {
+        stop_threads();  // before any member of ours goes
+        throw;
     }
+}
+
+void Engine::stop_threads() {
+    for (auto& mover : movers_) {
+        mover->stop();
+    }
+    reactor_->stop();
 }
 
 Engine::~Engine() {
@@ -97,10 +109,7 @@ void Engine::close() {
     for (const auto& connection : all_connections()) {
         connection->close(Cause::connection_closed, "the endpoint was closed", true);
     }
-    for (auto& mover : movers_) {
-        mover->stop();
-    }
-    reactor_->stop();
+    stop_threads();
     admission_->close_reserve();
     {
         const std::lock_guard lock(messages_mutex_);

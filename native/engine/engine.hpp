@@ -95,6 +95,7 @@ class Engine {
     protocol::Time turn();
 
   private:
+    void stop_threads();
     std::vector<std::shared_ptr<Connection>> all_connections();
     protocol::Time tick_all(protocol::Time now, bool heartbeat, bool resumed);
     bool poll_gated();

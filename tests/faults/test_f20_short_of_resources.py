@@ -1,10 +1,16 @@
-"""F20: no descriptors are left; sockets take a few bytes at a time; signals interrupt calls."""
+"""F20: no descriptors, threads or memory are left; sockets take a few bytes at a time; signals interrupt calls.
+
+ENOSPC can't happen: this version's backends write no file and make no shared memory.
+"""
 
 import ctypes
+import json
 import os
 import platform
 import resource
 import signal
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -38,6 +44,57 @@ def test_f20_the_accept_loop_survives_emfile(far):
         peer.call("accept")
         moves(prepared(second, peer, "u"), later, peer, "u")
         assert connection.state == later.state == "open"
+
+
+NO_MEMORY = """
+import json, os, resource, signal
+import numpy as np
+import kvtransport as kvt
+
+MIB = 1 << 20
+limits = resource.getrlimit(resource.RLIMIT_AS)
+config = kvt.Config(backends=("tcp",))
+
+def short(extra, call):
+    used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + extra, limits[1]))
+    try:
+        call()
+        return "ok"
+    except Exception as error:
+        return type(error).__name__
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+
+def state():
+    tasks, descriptors = os.listdir("/proc/self/task"), os.listdir("/proc/self/fd")
+    return len(tasks), len(descriptors), sorted(signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+
+before = state()
+made = [short(extra * MIB, lambda: kvt.Endpoint(config).close()) for extra in range(24)]
+after = state()
+with kvt.Endpoint(config) as ours, kvt.Endpoint(config) as theirs:
+    there, here = ours.connect(theirs.listen("127.0.0.1:0")), theirs.accept()
+    of = np.arange(MIB, dtype=np.uint64).reshape(128, -1)
+    to = np.zeros_like(of)
+    source, target = ours.register(of), theirs.register(to)
+    allocated = short(64 * MIB, lambda: ours.allocate(nbytes=1 << 40))
+    ids = np.arange(128)
+    posts = [(here.recv_blocks, target), (there.send_blocks, source)]
+    moved = short(0, lambda: kvt.wait([post(pool, ids, key="k") for post, pool in posts], timeout=20))
+    right = bool((of == to).all())
+print(json.dumps([before == after, made, allocated, moved, right]))
+"""
+
+
+def test_f20_no_memory():
+    """An Endpoint that can't have its threads is none, and leaves nothing; running ones go on without a new page."""
+    done = subprocess.run([sys.executable, "-c", NO_MEMORY], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    clean, made, allocated, moved, right = json.loads(done.stdout)
+    assert set(made) == {"ResourceLimit", "ok"}
+    assert made == sorted(made)  # and from some limit on there is enough
+    assert (clean, allocated, moved, right) == (True, "ResourceLimit", "ok", True)
 
 
 @pytest.mark.parametrize("we_receive", [True, False])
