@@ -23,7 +23,7 @@ from kvtransport.testing.checks_gates import HERE, LAYERS, OF, THERE, TO, gated,
 from kvtransport.testing.harness import Harness, Rig
 from kvtransport.testing.side import Side
 
-KNOWN_WITHIN_S: Final = 1.0
+KNOWN_WITHIN_S: Final = 0.5
 """A peer's death on one host is known in 50 ms; the rest is for a busy machine."""
 
 

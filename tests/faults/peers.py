@@ -24,8 +24,8 @@ COUNT = 12
 OF = Blocks(COUNT, CHUNK)
 TO = Blocks(COUNT, CHUNK, gap=64, seed=2)
 IDS = tuple(range(COUNT))
-SLOW_S = 2.0
-"""For what takes 50 ms on a machine with nothing else to do."""
+SLOW_S = 0.5
+"""For what takes 50 or 100 ms on a machine with nothing else to do."""
 
 
 @dataclass

@@ -125,6 +125,30 @@ def test_f12_source_aborts(tcp, how):
         check_untouched(here)
 
 
+@pytest.mark.parametrize("how", ["cancel", "gate fails"])
+def test_f12_source_gives_up_before_the_match(tcp, how):
+    """It leaves nothing at the destination, whose user may mean another send: `refuse` is the word for that."""
+    with tcp.linked() as rig:
+        peer, here = rig.peer, rig.here
+        here.pool("to", TO)
+        peer.pool("of", OF)
+        peer.gate("g", 1)
+        peer.send("t", "of", IDS, gate="g")
+        if how == "cancel":
+            peer.cancel("t")
+        else:
+            peer.call("fail_gate", name="g", reason="prefill failed")
+        assert type(peer.error("t")) is TransferCancelled
+        here.recv("alone", "to", IDS, key="t", match_timeout_s=0.2)
+        error = here.error("alone")
+        assert (type(error), error.waiting_for) == (TransferTimeout, "match")
+        peer.call("refuse", key="t", reason="prefill failed")
+        with within(SLOW_S):
+            here.recv("told", "to", IDS, key="t")
+            error = here.error("told")
+        assert (type(error), error.reason) == (PeerAborted, "prefill failed")
+
+
 def race(rig, n: int, by_source: bool, we_receive: bool, size: Blocks) -> tuple[bool, bool]:
     """Post, and cancel from this side after n looks at the handle; return who succeeded: source, destination."""
     source, destination = (rig.peer, rig.here) if we_receive else (rig.here, rig.peer)

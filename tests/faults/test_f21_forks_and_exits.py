@@ -142,7 +142,7 @@ def test_f21_close_with_transfers_in_flight(tcp, whole):
         here.recv("alone", "to", [])
         assert held.reached.wait(20)
         closed = here.actor.endpoint if whole else here.actor.connection
-        with within(2 + 1):
+        with within(2):
             closed.close()
             closed.close()
         transfer = here.actor.handles["t"]
