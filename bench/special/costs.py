@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import threading
@@ -23,14 +22,7 @@ SETUP_MS, IMPORT_MS, MEMORY_MIB = 10.0, 100.0, 32.0
 TRIES = 10
 WAIT_S = 60.0
 
-IMPORTS = """
-import json, sys, time
-began = time.perf_counter()
-import numpy, msgspec
-between = time.perf_counter()
-import kvtransport
-print(json.dumps({"all": time.perf_counter() - began, "ours": time.perf_counter() - between}))
-"""
+IMPORTS = {"nothing": "pass", "ours": "import kvtransport", "with numpy": "import kvtransport, numpy"}
 
 
 def worker_setup(end: Any, address: str, config: dict[str, Any], turn: int) -> dict[str, Any]:
@@ -76,17 +68,21 @@ def measure_setup(context: Context) -> list[Row]:
 
 
 def measure_import(context: Context) -> list[Row]:
-    context.progress.step("import")
-    runs = []
-    for _ in range(TRIES):
-        done = subprocess.run(
-            [sys.executable, "-c", IMPORTS], capture_output=True, check=True, timeout=60, cwd=ROOT
-        )
-        runs.append(json.loads(done.stdout))
-    whole, own = (measure.median([run[key] * 1e3 for run in runs]) for key in ("all", "ours"))
-    context.details["import_ms"] = {"with_numpy_and_msgspec": whole, "own": own}
-    shown = f"{whole:.0f} ms, of it our own {own:.0f}"
-    return [Row("import, with numpy and msgspec", shown, f"<= {IMPORT_MS:g} ms", whole <= IMPORT_MS)]
+    """Whole runs of fresh interpreters, in turn: what a run with the import takes over one with nothing."""
+    took: dict[str, list[float]] = {name: [] for name in IMPORTS}
+    for turn in range(TRIES + 1):
+        context.progress.step(f"import: {turn}/{TRIES}")
+        for name, code in IMPORTS.items():
+            began = time.perf_counter()
+            subprocess.run([sys.executable, "-c", code], check=True, timeout=60, cwd=ROOT)
+            if turn:  # the first brings the files into the page cache
+                took[name].append((time.perf_counter() - began) * 1e3)
+    bare = measure.median(took["nothing"])
+    own, whole = (measure.median(took[name]) - bare for name in ("ours", "with numpy"))
+    context.details["import_ms"] = {"interpreter": bare, "ours": own, "with_numpy": whole}
+    name = "import kvtransport, over `python -c pass`, median"
+    shown = f"{own:.0f} ms; numpy, which the first pool imports, {whole - own:.0f} more"
+    return [Row(name, shown, f"<= {IMPORT_MS:g} ms", own <= IMPORT_MS)]
 
 
 class _Peak:
