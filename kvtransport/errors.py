@@ -42,7 +42,7 @@ class TransferOutcome(Exception):
     Fields:
         key: the transfer's key or token; None where the error isn't a transfer's.
         blocks: {group: {block id: "sealed" | "poisoned"}} of the destination. A block is sealed when
-            all its pieces (one per layer) have landed and verified. Empty at the source and without a match.
+            all its pieces (one per layer) have landed and verified. Empty at the source.
         failed_block_ids: the poisoned ids: a list; for several groups {group: list}.
         quiesced: True: no byte of it moves any more, its memory is yours again. False: it may still be
             touched, don't free it. None: the error isn't about memory in use.

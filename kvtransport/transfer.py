@@ -184,7 +184,10 @@ class LayerGate:
         self.native.mark_ready(layer)
 
     def fail(self, reason: str) -> None:
-        """End every transfer that waits here: the peers get PeerAborted(reason), this side TransferCancelled."""
+        """End every send that waits here with TransferCancelled; the receives they have met get PeerAborted(reason).
+
+        A peer that posts its receive later isn't told: `Connection.refuse` does that.
+        """
         self.native.fail(reason)
 
 
