@@ -107,6 +107,8 @@ class Loop:
                 self._turn()
             except Exception:
                 _log.exception("the acceptor thread goes on after an internal error")
+        for call in self._posted:  # before `stop`, and no more can come: `last` ends what they begin
+            self.guard(call)
         if self._last is not None:
             self.guard(self._last)
         self._close()

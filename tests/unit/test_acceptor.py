@@ -358,6 +358,23 @@ def test_await_and_cancel(endpoint, turns, free_port):
 # --- the end ---
 
 
+def test_what_was_posted_before_close_ends_too(endpoint, lost):
+    ours = endpoint()
+    inside, go = threading.Event(), threading.Event()
+    ours._acceptor.loop.post(lambda: (inside.set(), go.wait(10)))
+    assert inside.wait(10)
+    later = ours.connect("127.0.0.1:1", timeout=60, wait=False)  # the thread hasn't seen it
+    pending = ours._acceptor.connect("127.0.0.1:2", 60)
+    thread = threading.Thread(target=ours.close)
+    thread.start()
+    while ours._acceptor.loop.post(lambda: None):  # until close has told the thread to end
+        pass
+    go.set()
+    thread.join(10)
+    assert isinstance(pending.exception(10), ConnectionClosed)
+    assert isinstance(lost(later), ConnectionClosed)
+
+
 def test_close_ends_every_wait(endpoint, lost, free_port):
     ours = endpoint()
     pending = ours._acceptor.connect(f"127.0.0.1:{free_port}", 60)
