@@ -154,6 +154,8 @@ class Endpoint:
         """
         self._check()
         found = self._engine.recv_messages(-1.0 if timeout is None else timeout)
+        if not found:
+            self._check()  # closed while this waited
         named = ((self._acceptor.roster.by_session(session), data) for session, data in found)
         return [(connection, data) for connection, data in named if connection is not None]
 

@@ -61,7 +61,7 @@ Engine::Engine(Options options)
     : options_(std::move(options)),
       generation_(fork_generation()),
       events_(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)),
-      messages_event_(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) {
+      messages_event_(std::make_shared<Fd>(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK))) {
     reactor_ = std::make_unique<Reactor>(*this);
     for (unsigned i = 0; i < std::max(1u, options_.movers); ++i) {
         const int cpu = options_.cpus.empty() ? -1 : options_.cpus[i % options_.cpus.size()];
@@ -114,8 +114,8 @@ void Engine::close() {
     {
         const std::lock_guard lock(messages_mutex_);
         messages_.clear();
-        raise_fd(messages_event_);  // for whoever waits for it, and keeps it open so long
-        messages_event_.reset();
+        raise_fd(*messages_event_);
+        messages_event_.reset();  // whoever waits for it keeps it open so long
     }
     const std::lock_guard lock(events_mutex_);
     events_.reset();
@@ -362,24 +362,29 @@ void Engine::deliver(const std::shared_ptr<Connection>& from, std::vector<protoc
     for (auto& data : messages) {
         messages_.emplace_back(from, std::move(data));
     }
-    raise_fd(messages_event_);
+    if (messages_event_) {
+        raise_fd(*messages_event_);
+    }
 }
 
 std::vector<Engine::Delivered> Engine::recv_messages(std::int64_t until) {
     std::deque<std::pair<std::shared_ptr<Connection>, protocol::Bytes>> taken;
     for (;;) {
-        int event = -1;
+        std::shared_ptr<Fd> event;
         {
             const std::lock_guard lock(messages_mutex_);
-            event = messages_event_.get();
-            lower_fd(messages_event_);
+            event = messages_event_;
+            if (!event) {
+                break;  // closed
+            }
+            lower_fd(*event);
             taken.swap(messages_);
         }
         const std::int64_t left = until - monotonic_ns();
         if (!taken.empty() || left <= 0 || closed()) {
             break;
         }
-        pollfd one{event, POLLIN, 0};
+        pollfd one{event->get(), POLLIN, 0};
         const timespec timeout{left / 1'000'000'000, left % 1'000'000'000};
         if (::ppoll(&one, 1, &timeout, nullptr) < 0) {
             break;  // a signal: the interpreter looks at it

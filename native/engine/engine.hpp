@@ -124,7 +124,7 @@ class Engine {
     std::vector<Event> pending_events_;
 
     std::mutex messages_mutex_;
-    Fd messages_event_;
+    std::shared_ptr<Fd> messages_event_;  // null when closed
     std::deque<std::pair<std::shared_ptr<Connection>, protocol::Bytes>> messages_;
 };
 

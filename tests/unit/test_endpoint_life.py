@@ -75,6 +75,25 @@ def test_nothing_is_left_behind():
     assert (descriptors(), threading.active_count()) == before
 
 
+def test_close_ends_a_wait_for_messages():
+    ours = Endpoint(TCP)
+    raised = []
+
+    def wait():
+        try:
+            ours.recv_messages(timeout=None)
+        except ConnectionClosed as error:
+            raised.append(error)
+
+    threads = [threading.Thread(target=wait) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    ours.close()
+    for thread in threads:
+        thread.join(10)
+    assert len(raised) == 3
+
+
 def test_close_closes_every_descriptor_while_the_objects_live():
     threading.Event().wait(0)
     with Endpoint(TCP) as warm:  # what a process or a thread has once
