@@ -80,7 +80,7 @@ Command parse(const std::string& line) {
     if (!(words >> word) || word.size() >= sizeof command.work) throw std::invalid_argument("no case named");
     std::memcpy(command.work, word.c_str(), word.size() + 1);
     words >> command.streams;
-    if (command.streams < 1 || command.streams > 64) throw std::invalid_argument("streams: 1 to 64");
+    if (command.streams < 1 || command.streams > 512) throw std::invalid_argument("streams: 1 to 512");
     if (command.mode == Mode::kTcp) {
         if (!(words >> word)) throw std::invalid_argument("no socket buffers named");
         command.tuning.buffer_nbytes = buffer_of(word);
