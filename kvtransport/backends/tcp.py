@@ -105,6 +105,7 @@ class TcpBackend:
         sock = socket.socket(target.family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
         try:
             set_options(sock)
+            dont_pace(sock, target)
             code = sock.connect_ex(target.sockaddr)
             if code not in (0, errno.EINPROGRESS):
                 raise OSError(code, os.strerror(code))
@@ -257,6 +258,15 @@ def set_options(sock: socket.socket) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
+def dont_pace(sock: socket.socket, target: Target) -> None:
+    """Choose reno where the address is loopback, before the socket connects or listens: once BBR, the choice
+    of some systems, has begun, the kernel goes on pacing whatever is chosen then (docs/adr/0006).
+    """
+    if target.family != socket.AF_UNIX and is_local(target):
+        with contextlib.suppress(OSError):  # not in this kernel
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"reno")
+
+
 def _bind(target: Target) -> TcpListener:
     sock = socket.socket(target.family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
     try:
@@ -267,6 +277,7 @@ def _bind(target: Target) -> TcpListener:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if target.family == socket.AF_INET6:
                 sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            dont_pace(sock, target)  # what it accepts inherits it
             sock.bind(target.sockaddr)
         sock.listen(BACKLOG)
         return TcpListener(sock, target)

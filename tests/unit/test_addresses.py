@@ -1,5 +1,6 @@
 """Addresses of the TCP backend: their forms, what is refused without a key, and who is at the other end."""
 
+import contextlib
 import errno
 import os
 import select
@@ -172,6 +173,16 @@ def test_insecure_warns_every_time(caplog):
     assert [r.levelname for r in caplog.records] == ["WARNING"] * 3
     BACKEND.listen("0.0.0.0:0", Policy(keyed=True)).close()
     assert len(caplog.records) == 3
+
+
+@pytest.mark.parametrize("where", ["127.0.0.1:0", "[::1]:0"])
+def test_loopback_is_never_paced(where):
+    def congestion(sock):
+        return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).rstrip(b"\0")
+
+    listener, dialled, accepted = connected(where)
+    with contextlib.closing(listener), dialled, accepted:
+        assert congestion(dialled) == congestion(accepted) == b"reno"
 
 
 @pytest.mark.parametrize("where", LOCAL, indirect=True)
