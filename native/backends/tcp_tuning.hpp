@@ -1,4 +1,5 @@
-// Options of the sockets that lanes and control use. What is set here and why is measured: docs/adr/0006 and 0008.
+// Options of the sockets that lanes and control use. What is set here and why is measured: docs/adr/0006 and
+// 0008.
 #pragma once
 
 namespace kvt::backends {

@@ -72,7 +72,7 @@ def test_limits_move_and_verify_and_refuse() -> None:
             assert reply["verified"], command
             assert reply["nbytes"] == (4096 if "reps" in command else 32768 * 4096)
             assert len(reply["samples_us"]) == (20 if "reps" in command else 0)
-        for nonsense in ("tcp zz 1 default", "fly a 1", "tcp a 1 default cc=nonsense", "copy a 99"):
+        for nonsense in ("tcp zz 1 default", "fly a 1", "tcp a 1 default cc=nonsense", "copy a 999"):
             process.write_line(nonsense)
             with pytest.raises(WorkerError):
                 process.read_reply(60)
