@@ -168,7 +168,8 @@ class Bench:
         slow = targets.slow_limits(self.results)
         for line in slow:
             print(f"FAILED: {line}", file=sys.stderr)
-        broken = [f"({name}) {who}" for name, result in self.results.items() for who in result.errors]
+        broken = [f"{row.name}: {row.measured}" for row in self.rows if row.measured.startswith("failed")]
+        broken += [f"({name}) {who}" for name, result in self.results.items() for who in result.errors]
         for who in broken:
             print(f"FAILED: {who}", file=sys.stderr)
         return 1 if broken or (slow and not self.arguments.allow_slow_limits) else 0

@@ -4,6 +4,8 @@
 docs/ for the protocol, the faults that are survived, and the design.
 """
 
+import logging as _logging
+
 from kvtransport.acceptor import ConnectTimeout
 from kvtransport.completion import CompletionQueue
 from kvtransport.config import Config
@@ -88,3 +90,6 @@ __all__ = [
     "WaitTimeout",
     "wait",
 ]
+
+# A library's lines go where the program sends them, or nowhere.
+_logging.getLogger(__name__).addHandler(_logging.NullHandler())

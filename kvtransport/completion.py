@@ -9,9 +9,9 @@ a user's code and never blocks.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import threading
-import weakref
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -118,9 +118,7 @@ class LoopBridges:
         """`make_queue()` returns a fresh native queue."""
         self._make_queue = make_queue
         self._lock = threading.Lock()
-        self._bridges: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, LoopBridge] = (
-            weakref.WeakKeyDictionary()
-        )
+        self._bridges: dict[asyncio.AbstractEventLoop, LoopBridge] = {}
 
     def here(self) -> LoopBridge:
         """Return the bridge of the running loop."""
@@ -130,6 +128,8 @@ class LoopBridges:
         with self._lock:
             bridge = self._bridges.get(loop)
             if bridge is None:
+                for ended in [one for one in self._bridges if one.is_closed()]:
+                    del self._bridges[ended]  # and with it the eventfd: a loop's end is told to nobody
                 bridge = self._bridges[loop] = LoopBridge(loop, self._make_queue())
         return bridge
 
@@ -139,9 +139,11 @@ class LoopBridges:
             for loop, bridge in list(self._bridges.items()):
                 if loop.is_closed():
                     continue
-                if loop.is_running():
+                if not loop.is_running():
+                    bridge._drain()
+                    bridge.close()
+                    continue
+                with contextlib.suppress(RuntimeError):  # it was closed meanwhile
                     loop.call_soon_threadsafe(bridge._drain)
                     loop.call_soon_threadsafe(bridge.close)
-                else:
-                    bridge.close()
             self._bridges.clear()

@@ -89,7 +89,7 @@ class Connection:
         since it was registered), PeerLost or ConnectionClosed (this connection has ended).
         """
         gate = None if after is None else require_gate(after, pool).native
-        limits = (match_timeout_s, stall_timeout_s, -1.0 if timeout_s is None else timeout_s)
+        limits = (match_timeout_s, stall_timeout_s, _total(timeout_s))
         post = self._session.post_send
         return self._post(
             post, pool, block_ids, key, layers, heads, (gate, *limits, meta), stream, queue, tag
@@ -119,7 +119,7 @@ class Connection:
         Raises besides: ValueError where block ids overlap within the call or the pool is read-only,
         LocalProtocolError where another receive in flight fills some of the same bytes (it names its key).
         """
-        limits = (match_timeout_s, stall_timeout_s, -1.0 if timeout_s is None else timeout_s)
+        limits = (match_timeout_s, stall_timeout_s, _total(timeout_s))
         post = self._session.post_recv
         return self._post(post, pool, block_ids, key, layers, heads, (*limits, meta), stream, queue, tag)
 
@@ -147,9 +147,12 @@ class Connection:
         handle raises that error. The handle is done when the peer's endpoint has queued the message.
         """
         self._require_open()
+        view = memoryview(data)  # TypeError for what has no bytes: bytes(5) would be five zeros
+        if after is not None and not isinstance(after, Transfer):
+            raise TypeError(f"after={after!r} is not a Transfer")
         tag_id = queue.next_id() if queue is not None else 0
         native = self._session.post_message(
-            bytes(data),
+            bytes(view),
             None if after is None else after.native,
             None if queue is None else queue.native,
             tag_id,
@@ -294,3 +297,12 @@ class Connection:
         if not isinstance(pool, BlockPool):
             raise TypeError(f"pool is {type(pool).__name__}, not a BlockPool (Endpoint.register makes one)")
         pool.check()
+
+
+def _total(timeout_s: float | None) -> float:
+    """Return `timeout_s` as the engine wants it: negative is none, which no caller may mean by accident."""
+    if timeout_s is None:
+        return -1.0
+    if not timeout_s >= 0:
+        raise ValueError(f"timeout_s={timeout_s!r} is not a number of seconds")
+    return timeout_s

@@ -153,7 +153,7 @@ class Endpoint:
         timeout: seconds to wait for the first; 0: don't; None: for ever. An empty list when there was none.
         """
         self._check()
-        found = self._engine.recv_messages(-1.0 if timeout is None else timeout)
+        found = self._engine.recv_messages(-1.0 if timeout is None else max(0.0, timeout))
         if not found:
             self._check()  # closed while this waited
         named = ((self._acceptor.roster.by_session(session), data) for session, data in found)

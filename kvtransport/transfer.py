@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypeVar
 
 from kvtransport import _native
 from kvtransport.completion import LoopBridges
-from kvtransport.errors import BackendUnavailable, LocalProtocolError, WaitTimeout
+from kvtransport.errors import BackendUnavailable, ForkedProcessError, LocalProtocolError, WaitTimeout
 from kvtransport.memory.pool import BlockPool
 from kvtransport.types import LayerName, TransferResult, TransferState
 
@@ -144,7 +144,10 @@ class Transfer(Handle[TransferResult]):
 
     def __repr__(self) -> str:
         """Key, state and progress."""
-        landed, total = self.progress()
+        try:
+            landed, total = self.progress()
+        except ForkedProcessError:
+            return f"<Transfer {self.key!r} of another process>"
         return f"<Transfer {self.key!r} {self.state} {landed}/{total} B>"
 
 

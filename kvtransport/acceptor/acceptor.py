@@ -75,7 +75,7 @@ class Acceptor:
         self.arrivals = Arrivals()
         self._config = config
         self._make_connection = make_connection
-        self._places = Places(config.backends)
+        self._places = Places(config.backends, config.require)
         self._lock = threading.Lock()  # of the four below
         self._listeners: dict[int, tuple[StreamBackend, Listener]] = {}
         self._advertised: list[str] = []

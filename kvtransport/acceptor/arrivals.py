@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 LINES: Final = 10
 PERIOD_S: Final = 10.0
+KEPT: Final = 64
 
 
 class Arrivals:
@@ -34,6 +35,8 @@ class Arrivals:
     def put(self, connection: Connection) -> None:
         """Add the newest."""
         with self._changed:
+            if len(self._queue) >= KEPT:  # nobody takes them, perhaps: those that are lost must not pile up
+                self._queue = deque(one for one in self._queue if one.state != "lost")
             self._queue.append(connection)
             self._changed.notify()
 

@@ -10,7 +10,7 @@ that Config allows.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from kvtransport.acceptor.loop import Loop
@@ -35,13 +35,18 @@ class Place:
 class Places:
     """The backends that Config allows, by the addresses that they serve."""
 
-    def __init__(self, allowed: Sequence[str] | None) -> None:
+    def __init__(
+        self, allowed: Sequence[str] | None, required: Mapping[str, Sequence[str]] | None = None
+    ) -> None:
+        """`required`: Config.require; all memory that this version moves is the host's."""
         self.inproc = InprocBackend()
         self._tcp = TcpBackend()
         self._allowed = tuple(allowed or BACKENDS)
+        host = (required or {}).get("host", BACKENDS)
         known: tuple[InprocBackend | TcpBackend, ...] = (self.inproc, self._tcp)
         self._backends = sorted(
-            (b for b in known if b.name in self._allowed), key=lambda b: self._allowed.index(b.name)
+            (b for b in known if b.name in self._allowed and b.name in host),
+            key=lambda b: self._allowed.index(b.name),
         )
 
     @property
@@ -112,10 +117,14 @@ class Places:
         if found:
             return tuple(dict.fromkeys(address for _, address in found))
         reasons = {
-            b.name: "not among Config.backends" for b in (self.inproc, self._tcp) if b not in self._backends
+            b.name: f"not among Config.{'backends' if b.name not in self._allowed else 'require'}"
+            for b in (self.inproc, self._tcp)
+            if b not in self._backends
         }
         if not any(b.serves(a) for b in (self.inproc, self._tcp) for a in addresses):
             raise ValueError(
                 f"{where!r} is no address: write 127.0.0.1:7000, [::1]:7000, name:7000, unix:/path"
             )
-        raise NoCommonPath(f"no backend that Config.backends allows serves {where!r}", reasons=reasons)
+        raise NoCommonPath(
+            f"no backend that Config.backends and Config.require allow serves {where!r}", reasons=reasons
+        )

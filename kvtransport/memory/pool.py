@@ -121,7 +121,7 @@ class BlockPool:
         """
         if self._closed:
             return
-        if not self.native.close(-1.0 if timeout is None else float(timeout)):
+        if not self.native.close(-1.0 if timeout is None else max(0.0, timeout)):
             raise WaitTimeout(
                 f"{self!r} is still used by {self.native.in_use()} transfers after {timeout} s, and so is "
                 "its memory; cancel them, or wait for them and close again",

@@ -76,6 +76,7 @@ PyTransfer post_message(PySession& self, nb::bytes data, PyTransfer* after, PyQu
 }
 
 nb::dict stats(const PySession& self) {
+    require_alive(*self.engine);
     const auto counters = self.connection->counters();
     nb::dict out;
     out["chunks_sent"] = counters.chunks_out;

@@ -98,6 +98,9 @@ bool wait_layer(const PyTransfer& self, std::uint32_t layer, double timeout_s) {
 
 /// One waiter over many handles.
 bool wait_many(const std::vector<PyTransfer*>& handles, double timeout_s, bool all_of) {
+    for (const PyTransfer* handle : handles) {
+        require_alive(*handle->engine);
+    }
     const std::int64_t until = until_of(timeout_s);
     const auto satisfied = [&] {
         std::size_t done = 0;
@@ -133,6 +136,7 @@ bool wait_many(const std::vector<PyTransfer*>& handles, double timeout_s, bool a
 }
 
 std::string state_of(const PyTransfer& self) {
+    require_alive(*self.engine);  // the connection's lock may have been held at the fork
     if (self.transfer) {
         return self.transfer->connection()->state_of(*self.transfer);
     }
@@ -167,6 +171,7 @@ void bind_transfer(nb::module_& m) {
         .def("state", &state_of)
         .def("progress",
              [](const PyTransfer& self) {
+                 require_alive(*self.engine);
                  if (!self.transfer) {
                      return std::make_pair(std::uint64_t{0}, std::uint64_t{0});
                  }
@@ -176,6 +181,7 @@ void bind_transfer(nb::module_& m) {
         .def(
             "subscribe",
             [](const PyTransfer& self, PyQueue& queue, std::uint64_t tag) {
+                require_alive(*self.engine);
                 return self.handle().subscribe(queue.queue, tag);
             },
             nb::arg("queue"), nb::arg("handle_id"));

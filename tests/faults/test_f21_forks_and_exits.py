@@ -28,7 +28,7 @@ from tests.faults.peers import (
 from tests.faults.proxy import Fault
 
 SCRIPT = """
-import json, os, sys, time
+import asyncio, json, os, sys, time
 import numpy as np
 import kvtransport as kvt
 
@@ -37,6 +37,10 @@ connection = endpoint.connect(sys.argv[1], timeout=20)
 pool = endpoint.register(np.zeros((4, 4096), np.uint8))
 pending = [connection.recv_blocks(pool, [i], key=f"k{i}") for i in range(4)]
 message = connection.send_message(b"here").result(20)
+
+async def awaited(transfer):
+    return await transfer
+
 
 def error_of(call):
     try:
@@ -60,6 +64,11 @@ if pid == 0:
         "message": error_of(lambda: connection.send_message(b"child")),
         "result": error_of(lambda: pending[0].result(timeout=5)),
         "messages": error_of(lambda: endpoint.recv_messages()),
+        "wait": error_of(lambda: kvt.wait(pending, timeout=5)),
+        "await": error_of(lambda: asyncio.run(asyncio.wait_for(awaited(pending[0]), 5))),
+        "state": error_of(lambda: pending[0].state),
+        "progress": error_of(lambda: pending[0].progress()),
+        "stats": error_of(lambda: connection.stats()),
     }
     endpoint.close()
     with kvt.Endpoint(kvt.Config(backends=("tcp",))) as own:

@@ -11,6 +11,7 @@ from functools import partial
 import pytest
 
 from kvtransport.acceptor import ConnectTimeout
+from kvtransport.acceptor.arrivals import KEPT
 from kvtransport.errors import (
     ConnectionClosed,
     HandshakeError,
@@ -144,6 +145,26 @@ def test_a_descriptor_prefers_the_first_backend_allowed(endpoint):
     with pytest.raises(NoCommonPath) as caught:
         only.connect("127.0.0.1:7000")
     assert caught.value.reasons == {"tcp": "not among Config.backends"}
+
+
+def test_require_leaves_no_other_way(endpoint):
+    theirs = endpoint(backends=None)
+    where = theirs.listen(LOOPBACK)
+    assert endpoint(backends=None, require={"host": ("tcp",)}).connect(theirs.descriptor()).backend == "tcp"
+    with pytest.raises(NoCommonPath) as caught:
+        endpoint(backends=None, require={"host": ("inproc",)}).connect(where)
+    assert caught.value.reasons == {"tcp": "not among Config.require"}
+
+
+def test_peers_that_nobody_accepts_and_that_have_gone_do_not_pile_up(endpoint):
+    theirs = endpoint()
+    where = theirs.listen(LOOPBACK)
+    queue = theirs._acceptor.arrivals._queue
+    for _ in range(KEPT + 20):
+        ours = endpoint()
+        ours.connect(where).close()
+        ours.close()
+    assert len(theirs._acceptor.arrivals._queue) <= KEPT + 8, len(queue)
 
 
 # --- many at once ---
