@@ -1,0 +1,153 @@
+"""Pools of several groups, pools of our own memory, and threads that call at once: over loopback TCP, against
+numpy's own indexing.
+"""
+
+import random
+import threading
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import kvtransport as kvt
+from tests.property.loopback import LIMIT_S
+
+WORDS = 40  # of a block: not a power of two
+
+
+def layers_of(rng, blocks_of, *, zeroed):
+    """Return {layer: [block, word]} and the pool's groups; group g has layers g0 and g1."""
+    arrays, groups = {}, []
+    for g, blocks in enumerate(blocks_of):
+        names = [f"{g}-{i}" for i in range(2)]
+        for name in names:
+            filled = rng.integers(1, 1 << 30, (blocks, WORDS), np.int64)
+            arrays[name] = np.zeros_like(filled) if zeroed else filled
+        groups.append(kvt.LayerGroup(names, name=f"g{g}"))
+    return arrays, groups
+
+
+@given(st.data())
+def test_each_group_has_ids_of_its_own(pair, data):
+    made = pair()
+    count = data.draw(st.integers(1, 3), "groups")
+    rng = np.random.default_rng(data.draw(st.integers(0, 1 << 30), "seed"))
+    source, groups = layers_of(rng, [int(n) for n in rng.integers(3, 9, count)], zeroed=False)
+    target, _ = layers_of(rng, [int(n) for n in rng.integers(3, 9, count)], zeroed=True)
+    if count > 1 and data.draw(st.booleans(), "alias"):  # the second group lies where the first does
+        source["1-0"], source["1-1"] = source["0-0"], source["0-1"]
+    here, there = (made.ours.register(source, groups=groups), made.theirs.register(target, groups=groups))
+    ids, landed = {}, {}
+    for group in groups:
+        first = group.names[0]
+        moved = int(rng.integers(1, 1 + min(len(source[first]), len(target[first]))))
+        ids[group.name] = rng.permutation(len(source[first]))[:moved]
+        landed[group.name] = rng.permutation(len(target[first]))[:moved]
+    receive = made.back.recv_blocks(there, landed if count > 1 else landed["g0"], key="groups")
+    made.out.send_blocks(here, ids if count > 1 else ids["g0"], key="groups").result(LIMIT_S)
+    receive.result(LIMIT_S)
+    for group in groups:
+        for name in group.names:
+            expected = np.zeros_like(target[name])
+            expected[landed[group.name]] = source[name][ids[group.name]]
+            assert (target[name] == expected).all(), name
+    here.close()
+    there.close()
+
+
+def test_an_error_names_blocks_by_group(pair):
+    made = pair()
+    rng = np.random.default_rng(1)
+    source, groups = layers_of(rng, [4, 6], zeroed=False)
+    target, _ = layers_of(rng, [4, 6], zeroed=True)
+    here, there = (made.ours.register(source, groups=groups), made.theirs.register(target, groups=groups))
+    gate = made.ours.layer_gate(4)
+    receive = made.back.recv_blocks(there, {"g0": [3], "g1": [5, 0]}, key="cut")
+    send = made.out.send_blocks(here, {"g0": [0], "g1": [1, 2]}, key="cut", after=gate)
+    gate.mark_ready(0)
+    receive.wait_layer("0-0", timeout=LIMIT_S)
+    gate.fail("the producer has gone")
+    with pytest.raises(kvt.TransferError):
+        send.result(LIMIT_S)
+    with pytest.raises(kvt.PeerAborted) as caught:
+        receive.result(LIMIT_S)
+    failed = caught.value.failed_block_ids
+    assert {group: sorted(ids) for group, ids in failed.items()} == {"g0": [3], "g1": [0, 5]}
+    assert (target["0-0"][3] == source["0-0"][0]).all()
+    here.close()
+    there.close()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float8_e4m3fn"])
+def test_pools_of_our_own_memory_move(pair, dtype):
+    made = pair()
+    layout = kvt.BlockLayout(
+        tokens_per_block=4, num_kv_heads=2, head_dim=8, dtype=dtype, order="NHD", kv="split"
+    )
+    here, there = made.ours.allocate(layout, 2, 6), made.theirs.allocate(layout, 2, 6)
+    ours, theirs = (
+        [torch.from_dlpack(part).view(torch.uint8) for parts in pool.arrays.values() for part in parts]
+        for pool in (here, there)
+    )
+    for array in ours:
+        array.copy_(torch.randint(0, 256, array.shape, dtype=torch.uint8))
+    receive = made.back.recv_blocks(there, [5, 0, 2], key="own")
+    made.out.send_blocks(here, [1, 3, 4], key="own").result(LIMIT_S)
+    receive.result(LIMIT_S)
+    for source, target in zip(ours, theirs, strict=True):
+        assert torch.equal(target[[5, 0, 2]], source[[1, 3, 4]])
+        assert not target[[1, 3, 4]].any()
+    here.close()
+    there.close()
+
+
+def test_threads_post_wait_cancel_and_send_messages_at_once(pair):
+    made = pair()
+    blocks, rounds, count = 16, 40, 6
+    rng = np.random.default_rng(2)
+    source = rng.integers(1, 1 << 30, (blocks, 9000), np.int64)
+    here = made.ours.register(source)
+    wrong = []
+
+    def work(number):
+        random_ = random.Random(number)
+        target = np.zeros_like(source)
+        there = made.theirs.register(target)
+        for turn in range(rounds):
+            key = f"{number}-{turn}"
+            ids = random_.sample(range(blocks), random_.randint(1, blocks))
+            receive = made.back.recv_blocks(there, ids, key=key)
+            send = made.out.send_blocks(here, ids, key=key)
+            made.out.send_message(key.encode())
+            if random_.random() < 0.3:
+                handles = random_.sample([send, receive], 2)
+                handles[0].cancel()
+                kvt.wait(handles[:1], timeout=LIMIT_S)
+                handles[1].cancel()  # before the match nobody tells it
+            kvt.wait([send, receive], timeout=LIMIT_S)
+            if not (send.done() and receive.done()):
+                wrong.append((key, "not over"))
+            elif receive.exception() is None and not (target[ids] == source[ids]).all():
+                wrong.append((key, "other bytes"))
+            elif send.exception() is None and receive.exception() is not None:
+                wrong.append((key, "the source says done, the destination doesn't"))
+        there.close(timeout=LIMIT_S)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+        assert not thread.is_alive()
+    assert wrong == []
+    said = []
+    while len(said) < count * rounds:
+        got = made.theirs.recv_messages(timeout=LIMIT_S)
+        assert got, len(said)
+        said += got
+    assert {data.decode() for _, data in said} == {
+        f"{i}-{turn}" for i in range(count) for turn in range(rounds)
+    }
+    here.close()
