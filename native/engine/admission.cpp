@@ -28,6 +28,8 @@ constexpr std::uint8_t kRoleLane = 2;
 constexpr std::size_t kRoleAt = 12;
 constexpr std::uint16_t kVersion = 1;
 constexpr std::uint8_t kNullSuite = 1;
+constexpr protocol::Time kDeafFor = 100'000'000;      // a descriptor may be free by then
+constexpr protocol::Time kQuietFor = 10'000'000'000;  // between two lines of the log
 
 bool all_zero(std::span<const std::byte> bytes) noexcept {
     return std::all_of(bytes.begin(), bytes.end(), [](std::byte b) { return b == std::byte{0}; });
@@ -145,22 +147,47 @@ void Admission::accept_all(Listener& listener) {
             continue;
         }
         if (errno == EMFILE || errno == ENFILE) {
-            // Level-triggered: without taking it the listener would spin for as long as descriptors are
-            // short.
-            reserve_.reset();
-            const int refused = ::accept4(listener.fd.get(), nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK);
-            if (refused >= 0) {
-                ::close(refused);
-            }
-            reserve_ = Fd(::open("/dev/null", O_RDONLY | O_CLOEXEC));
-            engine_.log(30, "out of file descriptors: a connection was refused; raise the limit (ulimit -n)");
-            if (refused >= 0) {
+            if (refuse_one(listener)) {
                 continue;
             }
         } else if (errno == EINTR || errno == ECONNABORTED) {
             continue;
         }
         return;
+    }
+}
+
+// Level-triggered: without taking the connection the listener would spin for as long as descriptors are
+// short.
+bool Admission::refuse_one(Listener& listener) {
+    const protocol::Time now = monotonic_ns();
+    reserve_.reset();
+    const int refused = ::accept4(listener.fd.get(), nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK);
+    if (refused >= 0) {
+        ::close(refused);
+    } else if (errno == EMFILE || errno == ENFILE) {  // another thread was quicker than we, or the limit fell
+        engine_.reactor().modify(listener.fd.get(), 0);
+        deaf_until_ = now + kDeafFor;
+    }
+    reserve_ = Fd(::open("/dev/null", O_RDONLY | O_CLOEXEC));
+    if (said_at_ == 0 || now - said_at_ > kQuietFor) {
+        said_at_ = now;
+        engine_.log(30, "out of file descriptors: a connection was refused; raise the limit (ulimit -n)");
+    }
+    return refused >= 0;
+}
+
+void Admission::listen_again(protocol::Time now) {
+    if (now < deaf_until_) {
+        return;
+    }
+    deaf_until_ = 0;
+    if (!reserve_) {
+        reserve_ = Fd(::open("/dev/null", O_RDONLY | O_CLOEXEC));
+    }
+    const std::lock_guard lock(mutex_);
+    for (const auto& [id, listener] : listeners_) {
+        engine_.reactor().modify(listener->fd.get(), EPOLLIN);
     }
 }
 
@@ -261,6 +288,10 @@ void Admission::retry_joins() {
 protocol::Time Admission::expire(protocol::Time now) {
     std::vector<std::shared_ptr<Stranger>> late;
     protocol::Time next = protocol::kNever;
+    if (deaf_until_ != 0) {
+        listen_again(now);
+        next = deaf_until_ != 0 ? deaf_until_ : next;
+    }
     {
         const std::lock_guard lock(mutex_);
         for (const auto& stranger : strangers_) {

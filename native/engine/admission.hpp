@@ -45,6 +45,8 @@ class Admission {
     class Listener;
     class Stranger;
     void accept_all(Listener& listener);
+    bool refuse_one(Listener& listener);
+    void listen_again(protocol::Time now);
     void admit(std::uint64_t listener, int fd);
     void forget(Stranger& stranger);
     void hand_over(Stranger& stranger);
@@ -56,7 +58,10 @@ class Admission {
     std::uint64_t next_listener_ = 1;
     std::unordered_map<std::uint64_t, std::shared_ptr<Listener>> listeners_;
     std::list<std::shared_ptr<Stranger>> strangers_;  // oldest first
-    Fd reserve_;  // given up for a moment when descriptors run out, so that the queue can be emptied
+    // On the reactor's thread only. The reserve is given up for a moment when descriptors run out, so that
+    // the queue can be emptied; where that doesn't help the listeners are deaf for a while.
+    Fd reserve_;
+    protocol::Time deaf_until_ = 0, said_at_ = 0;
 };
 
 }  // namespace kvt::engine

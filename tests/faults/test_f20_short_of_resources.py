@@ -9,9 +9,11 @@ import os
 import platform
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
@@ -85,6 +87,32 @@ with kvt.Endpoint(config) as ours, kvt.Endpoint(config) as theirs:
     right = bool((of == to).all())
 print(json.dumps([before == after, made, allocated, moved, right]))
 """
+
+
+def test_f20_no_descriptor_at_all_spins_nobody(caplog):
+    """Not even the reserve is left: the listener rests, says so once, and lets the next one in later."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with Endpoint(Config(backends=("tcp",))) as ours:
+        host, port = ours.listen("127.0.0.1:0").rsplit(":", 1)
+        client = socket.create_connection(
+            (host, int(port))
+        )  # before the limit: as another process's would be
+        late = socket.socket()
+        ours.recv_messages(timeout=0)
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+            late.connect((host, int(port)))
+            began = time.process_time()
+            threading.Event().wait(1.0)
+            used = time.process_time() - began
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert used < 0.3, f"{used:.2f} s of CPU time in a second of waiting"
+        with Endpoint(Config(backends=("tcp",))) as theirs:
+            assert theirs.connect(f"{host}:{port}", timeout=10).state == "open"
+        client.close()
+        late.close()
+    assert sum("out of file descriptors" in line.message for line in caplog.records) == 1
 
 
 def test_f20_no_memory():
