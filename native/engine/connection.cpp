@@ -286,7 +286,7 @@ Connection::Output Connection::take_output() {
     output.quiescing = session_.take_quiescing();
     output.finished = session_.take_finished();
     output.messages = session_.take_finished_messages();
-    output.inbox = session_.take_messages();
+    output.inbox = session_.has_messages();
     output.control = !session_.outbox().empty();
     output.payload = session_.has_chunks() || session_.has_copies();
     output.gated = session_.gates_wait();
@@ -325,8 +325,8 @@ bool Connection::settle_once(std::uint64_t small_nbytes) {
     for (const auto& message : output.messages) {
         complete(message);
     }
-    if (!output.inbox.empty()) {
-        engine_.deliver(shared_from_this(), std::move(output.inbox));
+    if (output.inbox) {
+        deliver_messages();
     }
     if (output.payload && output.path) {
         output.path->kick(small_nbytes);

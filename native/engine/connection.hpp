@@ -135,9 +135,8 @@ class Connection final : public backends::PathHost, public std::enable_shared_fr
     struct Output {
         std::vector<protocol::TransferPtr> quiescing, finished;
         std::vector<protocol::MessagePtr> messages;
-        std::vector<protocol::Bytes> inbox;
         std::shared_ptr<backends::Path> path;
-        bool control = false, payload = false, gated = false;
+        bool control = false, payload = false, gated = false, inbox = false;
         protocol::Time deadline = protocol::kNever;
     };
     Output take_output();
@@ -147,6 +146,7 @@ class Connection final : public backends::PathHost, public std::enable_shared_fr
     void put_inline();
     bool lane_grace_over(protocol::Time now);
     void unwatch_process();
+    void deliver_messages();
     void complete(const protocol::TransferPtr& transfer);
     void complete(const protocol::MessagePtr& message);
     bool take_over(TransferHandle& handle, const protocol::TransferPtr& transfer, protocol::Time now);
@@ -161,6 +161,7 @@ class Connection final : public backends::PathHost, public std::enable_shared_fr
     mutable std::mutex mutex_;
     std::condition_variable inactive_;
     protocol::Session session_;
+    std::mutex delivery_mutex_;  // before mutex_
     protocol::DigestKind digest_ = protocol::DigestKind::none;
     std::shared_ptr<backends::Path> path_;  // null before open() and after close()
     std::shared_ptr<ProcessWatch> watch_;   // as path_

@@ -167,6 +167,19 @@ void Connection::unwatch_process() {
     }
 }
 
+// Two threads may act on the output at once: who takes messages first hands them over first.
+void Connection::deliver_messages() {
+    const std::lock_guard in_turn(delivery_mutex_);
+    std::vector<protocol::Bytes> inbox;
+    {
+        const std::lock_guard lock(mutex_);
+        inbox = session_.take_messages();
+    }
+    if (!inbox.empty()) {
+        engine_.deliver(shared_from_this(), std::move(inbox));
+    }
+}
+
 // ---- for explain() and stats()
 
 protocol::Session::Counters Connection::counters() const {

@@ -164,6 +164,7 @@ class Session {
     std::vector<TransferPtr> take_finished() { return std::exchange(finished_, {}); }
     std::vector<MessagePtr> take_finished_messages() { return std::exchange(finished_messages_, {}); }
     std::vector<Bytes> take_messages() { return std::exchange(inbox_, {}); }
+    bool has_messages() const noexcept { return !inbox_.empty(); }
     bool has_output() const noexcept {
         return !outbox_.empty() || !quiescing_.empty() || !finished_.empty() || !finished_messages_.empty() ||
                !inbox_.empty();

@@ -2,9 +2,6 @@
 numpy's own indexing.
 """
 
-import random
-import threading
-
 import numpy as np
 import pytest
 import torch
@@ -101,53 +98,3 @@ def test_pools_of_our_own_memory_move(pair, dtype):
         assert not target[[1, 3, 4]].any()
     here.close()
     there.close()
-
-
-def test_threads_post_wait_cancel_and_send_messages_at_once(pair):
-    made = pair()
-    blocks, rounds, count = 16, 40, 6
-    rng = np.random.default_rng(2)
-    source = rng.integers(1, 1 << 30, (blocks, 9000), np.int64)
-    here = made.ours.register(source)
-    wrong = []
-
-    def work(number):
-        random_ = random.Random(number)
-        target = np.zeros_like(source)
-        there = made.theirs.register(target)
-        for turn in range(rounds):
-            key = f"{number}-{turn}"
-            ids = random_.sample(range(blocks), random_.randint(1, blocks))
-            receive = made.back.recv_blocks(there, ids, key=key)
-            send = made.out.send_blocks(here, ids, key=key)
-            made.out.send_message(key.encode())
-            if random_.random() < 0.3:
-                handles = random_.sample([send, receive], 2)
-                handles[0].cancel()
-                kvt.wait(handles[:1], timeout=LIMIT_S)
-                handles[1].cancel()  # before the match nobody tells it
-            kvt.wait([send, receive], timeout=LIMIT_S)
-            if not (send.done() and receive.done()):
-                wrong.append((key, "not over"))
-            elif receive.exception() is None and not (target[ids] == source[ids]).all():
-                wrong.append((key, "other bytes"))
-            elif send.exception() is None and receive.exception() is not None:
-                wrong.append((key, "the source says done, the destination doesn't"))
-        there.close(timeout=LIMIT_S)
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(120)
-        assert not thread.is_alive()
-    assert wrong == []
-    said = []
-    while len(said) < count * rounds:
-        got = made.theirs.recv_messages(timeout=LIMIT_S)
-        assert got, len(said)
-        said += got
-    assert {data.decode() for _, data in said} == {
-        f"{i}-{turn}" for i in range(count) for turn in range(rounds)
-    }
-    here.close()
