@@ -102,7 +102,8 @@ class Config:
     `max_regions` announced, `max_control_queue_nbytes` and `max_message_queue_nbytes` waiting,
     `max_transfer_pieces` in one transfer. Per endpoint: `max_connections`, `max_protocol_nbytes`. What
     exceeds them here waits, or raises ResourceLimit where waiting can't help; a peer's excess is
-    ResourceLimit for that peer. `max_protocol_nbytes` is without effect in this version.
+    ResourceLimit for that peer. The rates, the burst and `max_protocol_nbytes` are without effect in this
+    version.
 
     ConfigError names the field that can't be used, and says what to do.
     """

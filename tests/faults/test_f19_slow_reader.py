@@ -13,14 +13,18 @@ STALL_S = 1.5
 ATTEMPTS = 5
 
 
+def connected(ours, *sides):
+    """Return our Connection to each side."""
+    connections = {side: ours.connect(side.call("listen", address="127.0.0.1:0")) for side in sides}
+    for side in sides:
+        side.call("accept")
+    return connections
+
+
 def test_f19_receiver_stopped_others_go_on(far):
     frozen, other = far("frozen", dead_after_s=30.0), far("other")
     with Endpoint(Config(backends=("tcp",), dead_after_s=30.0)) as ours:
-        connections = {
-            side: ours.connect(side.call("listen", address="127.0.0.1:0")) for side in (frozen, other)
-        }
-        for side in connections:
-            side.call("accept")
+        connections = connected(ours, frozen, other)
         much, some = ours.register(MUCH.views(MUCH.memory())), ours.register(OF.views(OF.memory()))
         frozen.pool("to", MUCH)
         frozen.recv("t", "to", range(MUCH.count))
@@ -58,11 +62,7 @@ def test_f19_others_keep_their_rate(far):
     """
     frozen, other = far("frozen", dead_after_s=30.0), far("other")
     with Endpoint(Config(backends=("tcp",), dead_after_s=30.0)) as ours:
-        connections = {
-            side: ours.connect(side.call("listen", address="127.0.0.1:0")) for side in (frozen, other)
-        }
-        for side in connections:
-            side.call("accept")
+        connections = connected(ours, frozen, other)
         much = ours.register(MUCH.views(MUCH.memory()))
         for side in connections:
             side.pool("to", MUCH)
