@@ -23,9 +23,10 @@ KIB = 1 << 10
 PAGE = 4 * KIB
 SOURCE_PAGES = 262_144
 N_COUNTS = (1, 10, 100, 1_000, 10_000, 32_768, 131_072, 1_000_000)
-LATENCY_BATCH = 64
-WARM_UP = 1_000_000  # added to a run's seed: other ids, so that what it leaves behind is wrong for the run
+LATENCY_BATCH = 80
 """Runs of a latency case in a round: into different blocks, so all are posted before the first is sent."""
+LATENCY_WARM_UPS = 16  # of which the first are not measured: as many as the raw limits leave out (kWarmups)
+WARM_UP = 1_000_000  # added to a run's seed: other ids, so that what it leaves behind is wrong for the run
 CONN_COUNTS = (1, 4, 16, 64, 128, 256)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bench.cases import LATENCY_BATCH, WARM_UP, Case
+from bench.cases import WARM_UP, Case
 from bench.process import WorkerError, WorkerProcess
 from bench.sample import Sample
 
@@ -110,14 +110,14 @@ class Pair:
         cpu = sent["cpu_s"] + received["cpu_s"]
         return Sample(sent["nbytes"], sent["seconds"], cpu, True, received["runs"])
 
-    def latencies(self, seed: int, count: int = LATENCY_BATCH, gap_s: float = 0.0) -> Sample:
-        """The same, `count` times, one after the other, with the receives posted before the first send."""
-        self.dst.start("receive_batch", seed=seed, count=count)
+    def latencies(self, seed: int) -> Sample:
+        """The same, LATENCY_BATCH times, one after the other, with the receives posted before the first send."""
+        self.dst.start("receive_batch", seed=seed)
         self.dst.read_reply()
         time.sleep(SETTLE_S)
-        sent = self.src.call("send_batch", seed=seed, count=count, gap_s=gap_s)
+        sent = self.src.call("send_batch", seed=seed)
         _check(self.backend, self.dst.read_reply())
-        return Sample(sent["nbytes"], sum(sent["samples_us"]) / 1e6, 0.0, True, 0, sent["samples_us"])
+        return Sample.of_latencies(sent["nbytes"], sent["samples_us"])
 
     def close(self) -> None:
         for worker in (self.src, self.dst):
@@ -179,8 +179,7 @@ class OursInproc:
         reply = self._worker.call("run_batch" if case.latency else "run", seed=seed)
         _check(self.name, reply)
         if case.latency:
-            samples = reply["samples_us"]
-            return Sample(reply["nbytes"], sum(samples) / 1e6, 0.0, True, 0, samples)
+            return Sample.of_latencies(reply["nbytes"], reply["samples_us"])
         return Sample(reply["nbytes"], reply["seconds"], reply["cpu_s"], True, reply["runs"])
 
     def pause(self) -> None:

@@ -32,7 +32,7 @@ def case_table(result: CaseResult) -> str:
     """Return the table of a case: medians over rounds."""
     rows = [_case_row(result, name) for name in result.samples if result.of(name)]
     header = (
-        ["", "p50 us", "p99 us", "spread"]
+        ["", "p50 us", "p99 us", "first us", "spread"]
         if result.case.latency
         else ["", "GB/s", "spread", "CPU s/GB", "runs"]
     )
@@ -46,7 +46,9 @@ def _case_row(result: CaseResult, name: str) -> list[str]:
     figures = [sample.figure for sample in samples]
     spread = f"{measure.spread(figures):.0%}"
     if result.case.latency:
-        return [name, f"{result.p50_us(name):,.1f}", f"{result.p99_us(name):,.1f}", spread]
+        first = result.median(name, lambda sample: sample.first_us)
+        cells = [f"{us:,.1f}" for us in (result.p50_us(name), result.p99_us(name))]
+        return [name, *cells, f"{first:,.1f}" if first else "-", spread]
     cpu = result.median(name, lambda sample: sample.cpu_per_gb)
     return [name, f"{measure.median(figures):.2f}", spread, f"{cpu:.3f}", f"{samples[0].runs:,}"]
 

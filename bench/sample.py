@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from bench import measure
-from bench.cases import Case
+from bench.cases import LATENCY_WARM_UPS, Case
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,14 @@ class Sample:
     verified: bool
     runs: int = 0
     latencies_us: list[float] = field(default_factory=list)
+    first_us: float = 0.0
+    """The first repetition after a pause, which no percentile counts: caches and windows are cold."""
+
+    @classmethod
+    def of_latencies(cls, nbytes: int, samples_us: Sequence[float]) -> Sample:
+        """Return the sample of a round's batch: the warm-ups are left out, as the raw limits' are."""
+        measured = list(samples_us[LATENCY_WARM_UPS:])
+        return cls(nbytes, sum(measured) / 1e6, 0.0, True, 0, measured, samples_us[0])
 
     @property
     def rate(self) -> float:

@@ -132,7 +132,7 @@ class End:
         source = batch_ids(self.case, seed, "src", count)
         yield {"wrong": self.arena.wrong_blocks(source.ravel(), ids.ravel())}
 
-    def do_send_batch(self, seed: int, count: int = LATENCY_BATCH, gap_s: float = 0.0) -> dict[str, Any]:
+    def do_send_batch(self, seed: int, count: int = LATENCY_BATCH) -> dict[str, Any]:
         """Send one after the other; the time of each is from the post to the destination's word."""
         assert self.case is not None
         samples = []
@@ -140,8 +140,6 @@ class End:
             began = time.perf_counter()
             self.post(row, f"run-{seed}-{i}").result(timeout=WAIT_S)
             samples.append((time.perf_counter() - began) * 1e6)
-            if gap_s:
-                time.sleep(gap_s)
         return {"samples_us": samples, "nbytes": self.case.nbytes}
 
     def do_usage(self) -> dict[str, Any]:

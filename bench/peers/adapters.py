@@ -101,8 +101,7 @@ class Peer:
         if wrong := destination.call("check", seed=seed, count=count)["wrong"]:
             raise WorkerError(f"{self.name}: {wrong} blocks of the destination hold wrong bytes")
         if count:
-            samples = reply["samples_us"]
-            return Sample(case.nbytes, sum(samples) / 1e6, 0.0, True, 0, samples)
+            return Sample.of_latencies(case.nbytes, reply["samples_us"])
         return Sample(case.nbytes, reply["seconds"], reply["cpu_s"] + used, True, reply["runs"])
 
     def pause(self) -> None:
