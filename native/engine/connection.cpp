@@ -575,25 +575,4 @@ bool Connection::lane_grace_over(Time now) {
     return true;
 }
 
-void Connection::fail_gates() {
-    {
-        const std::lock_guard lock(mutex_);
-        session_.fail_gates(monotonic_ns());
-    }
-    settle();
-}
-
-bool Connection::poll_gates() {
-    bool waits = false, changed = false;
-    {
-        const std::lock_guard lock(mutex_);
-        waits = session_.poll_gates(monotonic_ns());
-        changed = session_.has_output() || session_.has_chunks();
-    }
-    if (changed) {
-        settle();
-    }
-    return waits;
-}
-
 }  // namespace kvt::engine

@@ -221,6 +221,27 @@ std::pair<std::uint64_t, std::uint64_t> Connection::progress_of(const TransferHa
 
 // ---- gates
 
+void Connection::fail_gates() {
+    {
+        const std::lock_guard lock(mutex_);
+        session_.fail_gates(monotonic_ns());
+    }
+    settle();
+}
+
+bool Connection::poll_gates() {
+    bool waits = false, changed = false;
+    {
+        const std::lock_guard lock(mutex_);
+        waits = session_.poll_gates(monotonic_ns());
+        changed = session_.has_output() || session_.has_chunks();
+    }
+    if (changed) {
+        settle();
+    }
+    return waits;
+}
+
 void LayerGate::attach(const std::shared_ptr<Connection>& connection) {
     const std::lock_guard lock(mutex_);
     std::erase_if(connections_, [](const auto& known) { return known.expired(); });
