@@ -129,7 +129,10 @@ class Connection:
         It gets PeerAborted(reason) at once: for a prefill that failed before it could send.
         """
         self._require_open()
-        self._session.refuse(key, reason, remember_s)
+        try:
+            self._session.refuse(key, reason, remember_s)
+        except KVTransportError as error:
+            raise self._named(error) from None
 
     # --- messages ------------------------------------------------------------------------------------------
 
@@ -151,12 +154,15 @@ class Connection:
         if after is not None and not isinstance(after, Transfer):
             raise TypeError(f"after={after!r} is not a Transfer")
         tag_id = queue.next_id() if queue is not None else 0
-        native = self._session.post_message(
-            bytes(view),
-            None if after is None else after.native,
-            None if queue is None else queue.native,
-            tag_id,
-        )
+        try:
+            native = self._session.post_message(
+                bytes(view),
+                None if after is None else after.native,
+                None if queue is None else queue.native,
+                tag_id,
+            )
+        except KVTransportError as error:
+            raise self._named(error) from None
         message = SentMessage(native, self._endpoint.bridges, tag)
         if queue is not None:
             queue.entered(tag_id, message)
@@ -180,7 +186,12 @@ class Connection:
         return "\n".join(lines)
 
     def stats(self) -> dict[str, Any]:
-        """Return this connection's counters: chunks, bytes, transfers and messages by direction and outcome."""
+        """Return this connection's counters: chunks, bytes, transfers and messages by direction.
+
+        "operations": {"send" | "recv" | "message": {"ok" or an error's class: {"count", "nbytes", "seconds"}}};
+        seconds, from the post to the end: {"sum", "bounds", "counts"}, a histogram whose last count is of all
+        above the last bound.
+        """
         return {"peer": str(self.peer), "backend": self.backend, **self._session.stats()}
 
     @property
@@ -257,10 +268,11 @@ class Connection:
     def _require_open(self) -> None:
         error = self._error
         if error is not None:
-            raise type(error)(
+            again = type(error)(
                 str(error),
                 **{n: getattr(error, n) for n in type(error).attribute_names() if n in vars(error)},
             )
+            raise self._named(again)
 
     def _post(
         self,
@@ -278,17 +290,26 @@ class Connection:
         """Make one native call: the session's `post`, with `own` in the middle of its arguments."""
         if stream is not None:
             raise no_streams()
-        self._check(pool)
-        index = pool.layer_indices(layers)
-        slice_ = pool.head_slice(heads, index)
-        if queue is None:
-            native = post(pool.native, block_ids, key, index, slice_, *own, None, 0)
-            return Transfer(native, self._endpoint.bridges, pool, key, tag)
-        tag_id = queue.next_id()
-        native = post(pool.native, block_ids, key, index, slice_, *own, queue.native, tag_id)
+        try:
+            self._check(pool)
+            index = pool.layer_indices(layers)
+            slice_ = pool.head_slice(heads, index)
+            if queue is None:
+                native = post(pool.native, block_ids, key, index, slice_, *own, None, 0)
+                return Transfer(native, self._endpoint.bridges, pool, key, tag)
+            tag_id = queue.next_id()
+            native = post(pool.native, block_ids, key, index, slice_, *own, queue.native, tag_id)
+        except KVTransportError as error:
+            raise self._named(error) from None
         transfer = Transfer(native, self._endpoint.bridges, pool, key, tag)
         queue.entered(tag_id, transfer)
         return transfer
+
+    def _named(self, error: KVTransportError) -> KVTransportError:
+        """Say whom an error at the call concerns."""
+        error.peer = error.peer or str(self.peer)
+        error.backend = error.backend or self.backend
+        return error
 
     def _check(self, pool: BlockPool) -> None:
         """What is cheap and can be known at the call."""

@@ -260,13 +260,16 @@ class Endpoint:
         return self._acceptor.paths(connection)
 
     def stats(self) -> dict[str, Any]:
-        """Return counters: connections, handshakes, and by peer what Connection.stats returns."""
+        """Return counters: connections, pools, handshakes; "peers": by connected peer what Connection.stats
+        returns; "operations": by backend what became of all operations ever, also of peers that are gone.
+        """
         self._check()
         connections = self._acceptor.roster.connections()
         return {
             "connections": len(connections),
             "pools": len(self._pools),
             **self._acceptor.stats(),
+            "operations": self._engine.operations(),
             "peers": {str(connection.peer): connection.stats() for connection in connections},
         }
 

@@ -21,17 +21,17 @@ from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING, Final, Protocol
 
-from kvtransport.acceptor import direct
+from kvtransport.acceptor import direct, paths
 from kvtransport.acceptor.arrivals import Arrivals, Throttle
 from kvtransport.acceptor.dialler import Dial, Request
 from kvtransport.acceptor.handover import open_session
 from kvtransport.acceptor.inbound import Inbound
 from kvtransport.acceptor.loop import Loop
 from kvtransport.acceptor.places import Place, Places
-from kvtransport.acceptor.reachability import here, same_network, visible_pid
+from kvtransport.acceptor.reachability import here, visible_pid
 from kvtransport.acceptor.roster import Found, Roster
 from kvtransport.backends.base import Listener, Policy, StreamBackend, Target
-from kvtransport.config import LATER_BACKENDS, Config, available_cpus, default_lanes
+from kvtransport.config import Config, available_cpus, default_lanes
 from kvtransport.errors import ConnectionClosed, KVTransportError
 from kvtransport.protocol import messages
 from kvtransport.protocol.auth import NullSuite
@@ -228,36 +228,14 @@ class Acceptor:
         self.roster.opened(found, session, connection, ready=ready)
         if not waiting:
             self.arrivals.put(connection)
-        how = found.proof.how if found.proof else "by its key"
-        _log.info(
-            "session with %s over %s, protection %s (%s)",
-            peer,
-            found.backend_name,
-            found.terms.protection,
-            how,
-        )
+        paths.log(peer, found, self._places, self.reachability)
 
     def paths(self, connection: Connection) -> list[str]:
         """Return which way a Connection's bytes go, and why others are refused: lines for
         Connection.explain.
         """
         found = self.roster.found(connection)
-        if found is None:
-            return []
-        how = found.proof.how if found.proof else "proved by its key"
-        place = f"to {found.address}" if found.address else "dialled by the peer"
-        lanes = f", {found.terms.lanes} lanes" if found.backend_name != "inproc" else ""
-        lines = [
-            f"host memory: {found.backend_name}, {place}, protection {found.terms.protection}{lanes}; {how}"
-        ]
-        if found.backend_name != "inproc":
-            here = found.hello.reachability.pid == self.pid and same_network(
-                found.hello.reachability, self.reachability
-            )
-            reason = "the peer was dialled by its socket address" if here else "the peer is another process"
-            lines.append(f"inproc: refused: {reason}")
-        lines.append(f"{', '.join(LATER_BACKENDS)}: refused: not in this version")
-        return lines
+        return [] if found is None else paths.lines(found, self._places, self.reachability)
 
     def _waiting_for(self, incarnation: bytes) -> list[Dial]:
         return [dial for dial in list(self._dials.values()) if dial.wants(incarnation)]

@@ -59,6 +59,12 @@ class Places:
         """The names of the backends that are allowed, the preferred first."""
         return tuple(backend.name for backend in self._backends)
 
+    def why_not(self, name: str) -> str:
+        """Return why Config doesn't allow a backend; empty: it does."""
+        if name in self.names:
+            return ""
+        return f"not among Config.{'backends' if name not in self._allowed else 'require'}"
+
     def parse(self, where: str | Sequence[str]) -> Place:
         """Return what `where` means. ValueError: malformed. NoCommonPath: no backend may serve it."""
         if isinstance(where, str) and is_descriptor(where):
@@ -116,11 +122,7 @@ class Places:
             backend.check(address)
         if found:
             return tuple(dict.fromkeys(address for _, address in found))
-        reasons = {
-            b.name: f"not among Config.{'backends' if b.name not in self._allowed else 'require'}"
-            for b in (self.inproc, self._tcp)
-            if b not in self._backends
-        }
+        reasons = {b.name: why for b in (self.inproc, self._tcp) if (why := self.why_not(b.name))}
         if not any(b.serves(a) for b in (self.inproc, self._tcp) for a in addresses):
             raise ValueError(
                 f"{where!r} is no address: write 127.0.0.1:7000, [::1]:7000, name:7000, unix:/path"

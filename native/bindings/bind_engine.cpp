@@ -12,6 +12,7 @@
 #include "bindings/convert.hpp"
 #include "bindings/objects.hpp"
 #include "bindings/raise.hpp"
+#include "bindings/statistics.hpp"
 
 namespace kvt::bindings {
 
@@ -329,6 +330,7 @@ void bind_sessions(nb::class_<PyEngine>& engine) {
              nb::arg("protection") = "plain", nb::arg("mine").none() = nb::none(),
              nb::arg("theirs").none() = nb::none())
         .def("recv_messages", &recv_messages, nb::arg("timeout_s"))
+        .def("operations", [](PyEngine& self) { return statistics_of(*self.engine); })
         .def("forked", [](PyEngine& self) { return self.engine->forked(); })
         .def("close", [](PyEngine& self) { translate([&] { self.engine->close(); }); });
 }

@@ -8,6 +8,7 @@
 #include "bindings/convert.hpp"
 #include "bindings/objects.hpp"
 #include "bindings/raise.hpp"
+#include "bindings/statistics.hpp"
 
 namespace kvt::bindings {
 
@@ -32,6 +33,9 @@ PyTransfer post(PySession& self, protocol::Role role, PyPool& pool, nb::handle i
                 std::optional<std::vector<std::uint32_t>> layers, nb::object heads, PyGate* gate,
                 Timeouts timeouts, nb::bytes meta, PyQueue* queue, std::uint64_t tag) {
     require_alive(*self.engine);
+    if (pool.engine != self.engine) {  // its id and its claims on bytes mean something else here
+        throw nb::value_error("the pool was registered with another Endpoint than this connection's");
+    }
     if (role == protocol::Role::destination && !pool.pool->writable()) {
         throw nb::value_error("the pool is read-only: it can be sent from, not received into");
     }
@@ -73,27 +77,6 @@ PyTransfer post_message(PySession& self, nb::bytes data, PyTransfer* after, PyQu
                                              queue == nullptr ? nullptr : queue->queue, tag);
     });
     return {self.engine, nullptr, std::move(handle)};
-}
-
-nb::dict stats(const PySession& self) {
-    require_alive(*self.engine);
-    const auto counters = self.connection->counters();
-    nb::dict out;
-    out["chunks_sent"] = counters.chunks_out;
-    out["chunks_received"] = counters.chunks_in;
-    out["bytes_sent"] = counters.bytes_out;
-    out["bytes_received"] = counters.bytes_in;
-    out["drained_chunks"] = counters.drained_chunks;
-    out["drained_bytes"] = counters.drained_bytes;
-    out["sends_ok"] = counters.sends_ok;
-    out["sends_failed"] = counters.sends_failed;
-    out["receives_ok"] = counters.receives_ok;
-    out["receives_failed"] = counters.receives_failed;
-    out["corrupt_chunks"] = counters.corrupt_chunks;
-    out["messages_sent"] = counters.messages_out;
-    out["messages_received"] = counters.messages_in;
-    out["unfinished"] = self.connection->unfinished();
-    return out;
 }
 
 std::string cause_of(const std::string& reason) { return reason.substr(0, reason.find(": ")); }
@@ -211,7 +194,10 @@ void bind_views(nb::class_<PySession>& session) {
                                        self.connection->lost_reason());
              })
         .def("backend", [](const PySession& self) { return self.connection->backend(); })
-        .def("stats", &stats);
+        .def("stats", [](const PySession& self) {
+            require_alive(*self.engine);
+            return statistics_of(*self.connection);
+        });
 }
 
 }  // namespace

@@ -67,11 +67,15 @@ nb::dict blocks_of(const engine::Result& result) {
     return groups;
 }
 
-struct Shape {
-    const char* cls;
-    std::string message;
-    bool retryable;
-};
+bool retryable(Cause cause) noexcept {
+    switch (cause) {
+        case Cause::layout_mismatch:
+        case Cause::connection_closed:
+        case Cause::protocol_error:
+        case Cause::resource_limit: return false;
+        default: return true;
+    }
+}
 
 std::string corrupt_blocks(const engine::Result& result) {
     std::string text;
@@ -106,33 +110,33 @@ std::string mismatch_text(const protocol::Mismatch& mismatch) {
     return shown(mismatch.path) + ": theirs " + shown(mismatch.theirs) + ", ours " + shown(mismatch.ours);
 }
 
-Shape shape_of(const engine::TransferHandle& handle) {
-    const engine::Result& result = handle.result;
-    const std::string who = shown_key(handle) + ": ";
-    const std::string reason = shown(result.outcome.reason);
-    switch (result.outcome.cause) {
-        case Cause::cancelled:
-            return {"TransferCancelled", who + (reason.empty() ? "cancelled here" : reason), true};
+// What ends everything on a connection at once.
+std::string loss_text(const protocol::Outcome& outcome) {
+    const std::string reason = shown(outcome.reason);
+    switch (outcome.cause) {
+        case Cause::peer_lost: return "the connection was lost (" + reason + ")";
+        case Cause::protocol_error: return "the peer broke the protocol: " + reason;
+        default: return reason;
+    }
+}
+
+std::string text_of(const engine::TransferHandle& handle) {
+    const protocol::Outcome& outcome = handle.result.outcome;
+    const std::string reason = shown(outcome.reason);
+    switch (outcome.cause) {
+        case Cause::cancelled: return reason.empty() ? "cancelled here" : reason;
         case Cause::timeout_match:
         case Cause::timeout_gate:
         case Cause::timeout_bytes:
-        case Cause::timeout_total: return {"TransferTimeout", who + timeout_text(handle), true};
-        case Cause::peer_aborted: return {"PeerAborted", who + "the peer ended it: " + reason, true};
+        case Cause::timeout_total: return timeout_text(handle);
+        case Cause::peer_aborted: return "the peer ended it: " + reason;
         case Cause::integrity:
-            return {"IntegrityError",
-                    who + "the digest of what landed doesn't agree with what was sent, in block ids " +
-                        corrupt_blocks(result) + "; post these again, and look at memory or network hardware",
-                    true};
-        case Cause::layout_mismatch:
-            return {"LayoutMismatch", who + mismatch_text(result.outcome.mismatch), false};
-        case Cause::peer_lost: return {"PeerLost", who + "the connection was lost (" + reason + ")", true};
-        case Cause::connection_closed: return {"ConnectionClosed", who + reason, false};
-        case Cause::protocol_error:
-            return {"RemoteProtocolError", who + "the peer broke the protocol: " + reason, false};
-        case Cause::resource_limit: return {"ResourceLimit", who + reason, false};
-        case Cause::ok: break;
+            return "the digest of what landed doesn't agree with what was sent, in block ids " +
+                   corrupt_blocks(handle.result) +
+                   "; post these again, and look at memory or network hardware";
+        case Cause::layout_mismatch: return mismatch_text(outcome.mismatch);
+        default: return loss_text(outcome);
     }
-    return {"KVTransportError", who, false};
 }
 
 const char* waiting_for(Cause cause) {
@@ -162,7 +166,38 @@ void add_class_attributes(nb::dict& attributes, const engine::Result& result) {
     }
 }
 
+nb::dict attributes_of(const protocol::Outcome& outcome, const engine::Connection& connection) {
+    nb::dict attributes;
+    attributes["peer"] = connection.label();
+    attributes["backend"] = connection.backend();
+    attributes["quiesced"] = true;
+    attributes["retryable"] = retryable(outcome.cause);
+    attributes["delivered"] = outcome.delivered == protocol::Delivered::unknown
+                                  ? nb::none()
+                                  : nb::object(nb::bool_(false));
+    return attributes;
+}
+
 }  // namespace
+
+const char* class_of(Cause cause) noexcept {
+    switch (cause) {
+        case Cause::cancelled: return "TransferCancelled";
+        case Cause::timeout_match:
+        case Cause::timeout_gate:
+        case Cause::timeout_bytes:
+        case Cause::timeout_total: return "TransferTimeout";
+        case Cause::peer_aborted: return "PeerAborted";
+        case Cause::integrity: return "IntegrityError";
+        case Cause::layout_mismatch: return "LayoutMismatch";
+        case Cause::peer_lost: return "PeerLost";
+        case Cause::connection_closed: return "ConnectionClosed";
+        case Cause::protocol_error: return "RemoteProtocolError";
+        case Cause::resource_limit: return "ResourceLimit";
+        case Cause::ok: break;
+    }
+    return "KVTransportError";
+}
 
 nb::object make_error(const char* cls, const std::string& message, nb::dict attributes) {
     const nb::object type = nb::module_::import_("kvtransport.errors").attr(cls);
@@ -177,37 +212,25 @@ void raise(const char* cls, const std::string& message, nb::dict attributes) {
 
 nb::object error_of(const engine::TransferHandle& handle) {
     const engine::Result& result = handle.result;
-    const Shape shape = shape_of(handle);
-    nb::dict attributes;
+    nb::dict attributes = attributes_of(result.outcome, *handle.connection());
     attributes["key"] = key_object(handle);
     attributes["blocks"] = blocks_of(result);
-    attributes["quiesced"] = true;
-    attributes["retryable"] = shape.retryable;
     attributes["backend"] = result.backend;
-    attributes["peer"] = handle.connection()->label();
-    if (handle.role == protocol::Role::source) {
-        attributes["delivered"] = result.outcome.delivered == protocol::Delivered::unknown
-                                      ? nb::none()
-                                      : nb::object(nb::bool_(false));
+    if (handle.role == protocol::Role::destination) {
+        nb::del(attributes["delivered"]);
     }
     add_class_attributes(attributes, result);
-    return make_error(shape.cls, shape.message, attributes);
+    return make_error(class_of(result.outcome.cause), shown_key(handle) + ": " + text_of(handle), attributes);
 }
 
 nb::object error_of(const engine::MessageHandle& handle) {
     if (handle.after && handle.after->result.outcome.cause != Cause::ok) {
         return error_of(*handle.after);
     }
-    const protocol::Outcome& outcome = handle.result.outcome;
-    nb::dict attributes;
-    attributes["delivered"] = outcome.delivered == protocol::Delivered::unknown
-                                  ? nb::none()
-                                  : nb::object(nb::bool_(false));
-    if (outcome.cause == Cause::connection_closed) {
-        return make_error("ConnectionClosed", "message: " + outcome.reason, attributes);
-    }
-    attributes["cause"] = split_reason(outcome.reason).first;
-    return make_error("PeerLost", "message: the connection was lost (" + outcome.reason + ")", attributes);
+    nb::dict attributes = attributes_of(handle.result.outcome, *handle.connection());
+    add_class_attributes(attributes, handle.result);
+    return make_error(class_of(handle.result.outcome.cause), "message: " + loss_text(handle.result.outcome),
+                      attributes);
 }
 
 void rethrow() {

@@ -21,6 +21,9 @@ namespace nb = nanobind;
 [[noreturn]] void raise(const char* cls, const std::string& message, nb::dict attributes = nb::dict());
 nb::object make_error(const char* cls, const std::string& message, nb::dict attributes);
 
+/// The class, in kvtransport.errors, of what isn't ok.
+const char* class_of(protocol::Cause cause) noexcept;
+
 /// The exception of a transfer or message that ended with anything but success.
 nb::object error_of(const engine::TransferHandle& handle);
 nb::object error_of(const engine::MessageHandle& handle);

@@ -23,6 +23,7 @@ constexpr Time kLaneGraceNs = 25'000'000;
 Connection::Connection(Engine& engine, std::string session_id)
     : engine_(engine),
       session_id_(std::move(session_id)),
+      backend_tally_(&engine.tally("none")),
       session_(monotonic_ns()),
       heard_at_(monotonic_ns()),
       spoke_at_(monotonic_ns()),
@@ -35,6 +36,7 @@ void Connection::prepare(std::shared_ptr<backends::Path> path, const protocol::S
     {
         const std::lock_guard lock(mutex_);
         backend_ = path->name();
+        backend_tally_.store(&engine_.tally(backend_));
         path_ = std::move(path);
         digest_ = config.digest;
         session_.open(config, now);
@@ -135,6 +137,7 @@ std::shared_ptr<MessageHandle> Connection::post_message(protocol::Bytes data,
         throw NotUsable(lost_cause(), lost_reason());
     }
     auto handle = std::make_shared<MessageHandle>(shared_from_this());
+    handle->nbytes = data.size();
     handle->data = std::move(data);
     if (queue) {
         handle->subscribe(std::move(queue), tag);
@@ -370,6 +373,8 @@ void Connection::complete(const protocol::TransferPtr& transfer) {
     auto& handle = static_cast<TransferHandle&>(*transfer);
     engine_.release(handle);
     handle.block_pool()->unuse();
+    count(handle.role == protocol::Role::source ? Operation::send : Operation::receive,
+          handle.result.outcome.cause, handle.result.nbytes, handle.result.seconds_ns);
     handle.complete();
     std::vector<std::shared_ptr<MessageHandle>> ready;
     {
@@ -390,6 +395,8 @@ void Connection::complete(const protocol::TransferPtr& transfer) {
 void Connection::complete(const protocol::MessagePtr& message) {
     auto& handle = static_cast<MessageHandle&>(*message);
     handle.result.outcome = handle.outcome;
+    count(Operation::message, handle.outcome.cause, handle.nbytes,
+          handle.posted_at != 0 ? monotonic_ns() - handle.posted_at : 0);
     handle.complete();
 }
 

@@ -17,6 +17,7 @@
 #include "backends/path.hpp"
 #include "engine/gate.hpp"
 #include "engine/handle.hpp"
+#include "engine/tally.hpp"
 #include "memory/busy.hpp"
 
 namespace kvt::engine {
@@ -125,6 +126,7 @@ class Connection final : public backends::PathHost, public std::enable_shared_fr
     protocol::Cause lost_cause() const;
     std::string lost_reason() const;
     protocol::Session::Counters counters() const;
+    const Tally& tally() const noexcept { return tally_; }
     std::size_t unfinished() const;
     std::string state_of(const TransferHandle& handle) const;
     /// Bytes landed (of a source: written) and bytes in all.
@@ -149,6 +151,7 @@ class Connection final : public backends::PathHost, public std::enable_shared_fr
     void deliver_messages();
     void complete(const protocol::TransferPtr& transfer);
     void complete(const protocol::MessagePtr& message);
+    void count(Operation operation, protocol::Cause outcome, std::uint64_t nbytes, std::int64_t ns);
     bool take_over(TransferHandle& handle, const protocol::TransferPtr& transfer, protocol::Time now);
     void claim(const std::shared_ptr<TransferHandle>& handle);
     void defer(const std::shared_ptr<MessageHandle>& message);
@@ -158,6 +161,8 @@ class Connection final : public backends::PathHost, public std::enable_shared_fr
 
     Engine& engine_;
     std::string session_id_;
+    Tally tally_;
+    std::atomic<Tally*> backend_tally_;  // the engine's, of the backend in use
     mutable std::mutex mutex_;
     std::condition_variable inactive_;
     protocol::Session session_;

@@ -187,6 +187,11 @@ protocol::Session::Counters Connection::counters() const {
     return session_.counters();
 }
 
+void Connection::count(Operation operation, Cause outcome, std::uint64_t nbytes, std::int64_t ns) {
+    tally_.record(operation, outcome, nbytes, ns);
+    backend_tally_.load()->record(operation, outcome, nbytes, ns);
+}
+
 std::size_t Connection::unfinished() const {
     const std::lock_guard lock(mutex_);
     return session_.unfinished();

@@ -167,6 +167,20 @@ std::vector<std::shared_ptr<Connection>> Engine::all_connections() {
     return all;
 }
 
+Tally& Engine::tally(const std::string& backend) {
+    const std::lock_guard lock(tallies_mutex_);
+    return tallies_[backend];
+}
+
+std::map<std::string, Tally::Cells> Engine::tallies() {
+    const std::lock_guard lock(tallies_mutex_);
+    std::map<std::string, Tally::Cells> all;
+    for (const auto& [backend, tally] : tallies_) {
+        all.emplace(backend, tally.cells());
+    }
+    return all;
+}
+
 void Engine::forget(const Connection& connection) {
     std::shared_ptr<Connection> last;  // let go after the lock
     const std::lock_guard lock(mutex_);

@@ -8,6 +8,7 @@
 #include <atomic>
 #include <cstdint>
 #include <deque>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -79,6 +80,9 @@ class Engine {
     void lost(const std::shared_ptr<Connection>& connection, protocol::Cause cause,
               const std::string& reason);
     void deliver(const std::shared_ptr<Connection>& from, std::vector<protocol::Bytes> messages);
+    /// What became of all operations over a backend ("none": of posts that never saw a session). It stays
+    /// where it is as long as the engine.
+    Tally& tally(const std::string& backend);
 
     // For Python.
     int event_fd();
@@ -90,6 +94,7 @@ class Engine {
         protocol::Bytes data;
     };
     std::vector<Delivered> recv_messages(std::int64_t until);
+    std::map<std::string, Tally::Cells> tallies();
 
     /// The reactor's turn; returns when it wants the next.
     protocol::Time turn();
@@ -118,6 +123,9 @@ class Engine {
 
     std::atomic<protocol::Time> next_deadline_{protocol::kNever}, planned_{0};
     protocol::Time next_heartbeat_ = 0;
+
+    std::mutex tallies_mutex_;
+    std::map<std::string, Tally> tallies_;
 
     std::mutex events_mutex_;
     Fd events_;

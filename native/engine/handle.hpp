@@ -76,6 +76,7 @@ class MessageHandle final : public protocol::Message, public Handle {
     explicit MessageHandle(std::shared_ptr<Connection> connection) : connection_(std::move(connection)) {}
     const std::shared_ptr<Connection>& connection() const noexcept { return connection_; }
     Result result;
+    std::uint64_t nbytes = 0;               // the machine lets the data go when it is sent
     std::shared_ptr<TransferHandle> after;  // the transfer whose error is ours, if it failed
 
   private:
