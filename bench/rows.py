@@ -7,12 +7,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Row:
-    """What was asked for, what was measured, and whether that meets it. None: not measured."""
+    """What was asked for, what was measured, and whether that meets it. None: not measured.
+
+    broken: not slow but wrong: the program failed, or bytes are not what they must be. It fails the bench.
+    """
 
     name: str
     measured: str
     target: str
     met: bool | None
+    broken: bool = False
 
     @classmethod
     def at_least(cls, name: str, value: float | None, target: float, unit: str = "x") -> Row:
@@ -27,4 +31,4 @@ class Row:
     @classmethod
     def failed(cls, name: str, error: str) -> Row:
         """A row whose program failed: an unmet target, not a missing one."""
-        return cls(name, f"failed: {error.splitlines()[0][:90]}", "", False)
+        return cls(name, f"failed: {error.splitlines()[0][:90]}", "", False, broken=True)

@@ -7,9 +7,10 @@ import pytest
 
 from bench import measure, targets
 from bench.arena import Arena
-from bench.cases import Case, batch_ids, case_of, ids_of
+from bench.cases import LATENCY_WARM_UPS, Case, batch_ids, case_of, ids_of
 from bench.rounds import CaseResult
 from bench.rows import Row
+from bench.run import Bench, parse
 from bench.sample import Sample
 
 WHOLE = Case("t", "test", 3, 32, 512, 8)
@@ -122,3 +123,22 @@ def test_percentile() -> None:
     assert measure.percentile(values, 0.5) == 50
     assert measure.percentile(values, 0.99) == 99
     assert measure.percentile([7.0], 0.99) == 7
+
+
+@pytest.mark.parametrize(
+    ("row", "status"),
+    [
+        (Row("slow", "0.1 x", ">= 1", False), 0),
+        (Row.failed("g", "2 blocks hold wrong bytes"), 1),
+        (Row("awaits", "1 foreign blocks", "0", False, broken=True), 1),
+    ],
+)
+def test_wrong_bytes_fail_the_bench_and_slowness_alone_does_not(row: Row, status: int) -> None:
+    bench = Bench(parse(["--cases", "", "--backends", "", "--quiet"]))
+    bench.rows = [row]
+    assert bench._finish() == status
+
+
+def test_a_latency_sample_leaves_the_warm_ups_out() -> None:
+    sample = Sample.of_latencies(4, [99.0] * LATENCY_WARM_UPS + [1.0, 3.0])
+    assert (sample.latencies_us, sample.first_us, sample.seconds) == ([1.0, 3.0], 99.0, 4e-6)
