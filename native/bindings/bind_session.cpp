@@ -128,7 +128,7 @@ void bind_posts(nb::class_<PySession>& session) {
                 return post(self, protocol::Role::source, pool, ids, key, std::move(layers), std::move(heads),
                             gate, {match, stall, total}, std::move(meta), queue, tag);
             },
-            nb::arg("pool"), nb::arg("ids"), nb::arg("key"), nb::arg("layers").none(),
+            nb::arg("pool"), nb::arg("ids").none(), nb::arg("key").none(), nb::arg("layers").none(),
             nb::arg("heads").none(), nb::arg("gate").none(), nb::arg("match_timeout_s"),
             nb::arg("stall_timeout_s"), nb::arg("timeout_s"), nb::arg("meta"), nb::arg("queue").none(),
             nb::arg("handle_id"))
@@ -140,7 +140,7 @@ void bind_posts(nb::class_<PySession>& session) {
                 return post(self, protocol::Role::destination, pool, ids, key, std::move(layers),
                             std::move(heads), nullptr, {match, stall, total}, std::move(meta), queue, tag);
             },
-            nb::arg("pool"), nb::arg("ids"), nb::arg("key"), nb::arg("layers").none(),
+            nb::arg("pool"), nb::arg("ids").none(), nb::arg("key").none(), nb::arg("layers").none(),
             nb::arg("heads").none(), nb::arg("match_timeout_s"), nb::arg("stall_timeout_s"),
             nb::arg("timeout_s"), nb::arg("meta"), nb::arg("queue").none(), nb::arg("handle_id"));
 }
@@ -156,7 +156,7 @@ void bind_rest(nb::class_<PySession>& session) {
                 const auto remember = duration("remember_s", remember_s, false);
                 translate([&] { self.connection->refuse(native, reason, remember); });
             },
-            nb::arg("key"), nb::arg("reason"), nb::arg("remember_s"))
+            nb::arg("key").none(), nb::arg("reason"), nb::arg("remember_s"))
         .def("post_message", &post_message, nb::arg("data"), nb::arg("after").none(), nb::arg("queue").none(),
              nb::arg("handle_id"))
         .def(

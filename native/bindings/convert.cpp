@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 #include <tuple>
 
@@ -37,6 +38,7 @@ std::uint32_t one_id(PyObject* item) {
         const long long id = PyLong_AsLongLongAndOverflow(item, &overflow);
         return checked(overflow != 0 ? std::numeric_limits<long long>::min() : id);
     }
+    const nb::object held = nb::borrow(item);      // its __index__ may take it out of its list
     PyObject* const index = PyNumber_Index(item);  // numpy's integers
     if (index == nullptr) {
         throw nb::python_error();
@@ -57,10 +59,16 @@ std::string to_text(nb::handle text) {
     return {utf8, static_cast<std::size_t>(nbytes)};
 }
 
-IdsPtr from_range(nb::handle range) {
-    if (nb::cast<bool>(nb::bool_(range))) {  // the ends first: a range may be longer than any length
-        one_id(nb::object(range[nb::int_(0)]).ptr());
-        one_id(nb::object(range[nb::int_(-1)]).ptr());
+IdsPtr from_range(nb::handle range, std::uint64_t num_blocks) {
+    if (nb::cast<bool>(nb::bool_(range))) {  // the ends first: a range may be longer than any memory
+        for (const int end : {0, -1}) {
+            const std::uint32_t id = one_id(nb::object(range[nb::int_(end)]).ptr());
+            if (id >= num_blocks) {
+                throw nb::value_error(("block id " + std::to_string(id) +
+                                       " is out of range: num_blocks=" + std::to_string(num_blocks))
+                                          .c_str());
+            }
+        }
     }
     const std::size_t n = nb::len(range);
     const auto start = n == 0 ? 0 : nb::cast<long long>(range.attr("start"));
@@ -72,12 +80,16 @@ IdsPtr from_range(nb::handle range) {
     return ids;
 }
 
+/// `stride` counts integers, which needn't be aligned: an array may begin anywhere in a buffer.
 template <class Integer>
 void copy_ids(const void* data, std::size_t n, std::int64_t stride, memory::Ids& out) {
-    const auto* from = static_cast<const Integer*>(data);
+    const auto* from = static_cast<const std::byte*>(data);
+    const std::int64_t step = stride * static_cast<std::int64_t>(sizeof(Integer));
     long long least = 0, most = 0;
     for (std::size_t i = 0; i < n; ++i) {
-        const auto id = static_cast<long long>(from[static_cast<std::int64_t>(i) * stride]);
+        Integer value;
+        std::memcpy(&value, from + static_cast<std::int64_t>(i) * step, sizeof value);
+        const auto id = static_cast<long long>(value);
         least = std::min(least, id);
         most = std::max(most, id);
         out[i] = static_cast<std::uint32_t>(id);
@@ -113,6 +125,9 @@ IdsPtr from_sequence(nb::handle ids) {
     if (PyUnicode_Check(ids.ptr()) || PyBytes_Check(ids.ptr())) {
         throw nb::type_error("block ids are ints, not text");
     }
+    if (PyAnySet_Check(ids.ptr())) {
+        throw nb::type_error("block ids have an order, and a set has none");
+    }
     PyObject* const fast = PySequence_Fast(
         ids.ptr(), "block ids are a sequence of int, a range, an int32/int64 array, or {group: ids}");
     if (fast == nullptr) {
@@ -122,17 +137,20 @@ IdsPtr from_sequence(nb::handle ids) {
     const auto n = static_cast<std::size_t>(PySequence_Fast_GET_SIZE(fast));
     auto out = std::make_shared<memory::Ids>(n);
     for (std::size_t i = 0; i < n; ++i) {
+        if (static_cast<std::size_t>(PySequence_Fast_GET_SIZE(fast)) != n) {  // an item's __index__ did it
+            throw nb::value_error("the list of block ids changed while it was read");
+        }
         (*out)[i] = one_id(PySequence_Fast_GET_ITEM(fast, static_cast<Py_ssize_t>(i)));
     }
     return out;
 }
 
-IdsPtr one_group(nb::handle ids) {
+IdsPtr one_group(nb::handle ids, std::uint64_t num_blocks) {
     if (PyList_CheckExact(ids.ptr()) || PyTuple_CheckExact(ids.ptr())) {
         return from_sequence(ids);
     }
     if (PyRange_Check(ids.ptr())) {
-        return from_range(ids);
+        return from_range(ids, num_blocks);
     }
     IdsPtr out;
     if (from_array(ids, out)) {
@@ -141,29 +159,48 @@ IdsPtr one_group(nb::handle ids) {
     return from_sequence(ids);
 }
 
+bool is_mapping(nb::handle ids) {
+    if (PyDict_Check(ids.ptr())) {
+        return true;
+    }
+    if (PyList_CheckExact(ids.ptr()) || PyTuple_CheckExact(ids.ptr()) || PyRange_Check(ids.ptr())) {
+        return false;  // the usual ones, without asking Python
+    }
+    return nb::isinstance(ids, nb::module_::import_("collections.abc").attr("Mapping"));
+}
+
+std::size_t group_named(nb::handle name, const std::vector<memory::Group>& groups) {
+    if (!PyUnicode_Check(name.ptr())) {
+        throw nb::type_error("block ids by group are {name: ids}, and a name is a str");
+    }
+    const std::string wanted = to_text(name);
+    const auto found = std::find_if(groups.begin(), groups.end(),
+                                    [&](const auto& group) { return group.name == wanted; });
+    if (found == groups.end()) {
+        throw nb::value_error(("the pool has no group '" + wanted + "'").c_str());
+    }
+    return static_cast<std::size_t>(found - groups.begin());
+}
+
 }  // namespace
 
 std::vector<IdsPtr> to_ids(nb::handle ids, const memory::PoolShape& shape) {
     const auto& groups = shape.groups();
     std::vector<IdsPtr> out(groups.size());
-    if (!PyDict_Check(ids.ptr())) {
+    if (!is_mapping(ids)) {
         if (groups.size() != 1) {
             throw nb::value_error("the pool has several groups: block ids are {group: ids}");
         }
-        out[0] = one_group(ids);
+        out[0] = one_group(ids, groups[0].num_blocks);
         return out;
     }
-    for (const auto [name, value] : nb::borrow<nb::dict>(ids)) {
-        if (!PyUnicode_Check(name.ptr())) {
-            throw nb::type_error("block ids by group are {name: ids}, and a name is a str");
+    // A list of our own: converting a group's ids may run code that changes the mapping.
+    for (const nb::handle item : nb::borrow<nb::mapping>(ids).items()) {
+        if (!PyTuple_Check(item.ptr()) || PyTuple_GET_SIZE(item.ptr()) != 2) {
+            throw nb::type_error("the items of block ids by group are pairs (name, ids)");
         }
-        const std::string wanted = to_text(name);
-        const auto found = std::find_if(groups.begin(), groups.end(),
-                                        [&](const auto& group) { return group.name == wanted; });
-        if (found == groups.end()) {
-            throw nb::value_error(("the pool has no group '" + wanted + "'").c_str());
-        }
-        out[static_cast<std::size_t>(found - groups.begin())] = one_group(value);
+        const std::size_t group = group_named(PyTuple_GET_ITEM(item.ptr(), 0), groups);
+        out[group] = one_group(PyTuple_GET_ITEM(item.ptr(), 1), groups[group].num_blocks);
     }
     return out;
 }

@@ -14,8 +14,8 @@ namespace kvt::bindings {
 
 namespace nb = nanobind;
 
-/// ids: a sequence of int, a range, a 1-D integer array on the CPU, or {group name: any of these}; one entry
-/// for each group.
+/// ids: a sequence of int, a range, a 1-D integer array on the CPU, or a mapping {group name: any of these};
+/// one entry for each group.
 std::vector<std::shared_ptr<const memory::Ids>> to_ids(nb::handle ids, const memory::PoolShape& shape);
 /// A str (as UTF-8) or bytes of 1 to 255 bytes; `text` says which it was.
 std::string to_key(nb::handle key, bool& text);
