@@ -1,22 +1,14 @@
 """One set of endpoints for all examples of this folder."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 
-from tests.property import loopback
+from tests.property.loopback import Pairs
 
 
 @pytest.fixture(scope="session")
-def pair() -> Iterator[Callable[..., loopback.Pair]]:
-    made: list[loopback.Pair] = []
-
-    def get(*config: int | None) -> loopback.Pair:
-        found = loopback.pair(*config)
-        if found not in made:
-            made.append(found)
-        return found
-
-    yield get
-    loopback.close_pairs(made)
-    loopback.pair.cache_clear()
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pairs]:
+    made = Pairs(tmp_path_factory.mktemp("links"))
+    yield made
+    made.close()

@@ -1,17 +1,51 @@
-"""Two endpoints over loopback TCP, kept for all examples; and layouts as numpy sees them.
+"""Two endpoints of this process over each way that there is, kept for many examples; and layouts as numpy sees
+them.
 
 The reference is numpy's own indexing: [block, head, token, dim] views of what was registered, one for each part
 (K, V) of each layer. It knows nothing of runs or of the library's arithmetic.
 """
 
-import functools
+import itertools
+from collections import OrderedDict
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+from hypothesis import strategies as st
 
 import kvtransport as kvt
 
 LIMIT_S = 20
+KEPT = 24  # pairs at once: each has threads and descriptors
+
+
+@dataclass(frozen=True)
+class Link:
+    """How two endpoints are connected."""
+
+    way: str = "tcp"  # tcp | unix | inproc
+    protection: str = "plain"
+    lanes: int | None = None
+    chunk_nbytes: int | None = None
+
+    def __str__(self) -> str:
+        return f"{self.way} {self.protection}"
+
+
+LINKS = [Link(way, protection) for way in ("tcp", "unix", "inproc") for protection in ("plain", "digest")]
+
+
+def sized(link: Link, lanes: list[int], chunks: list[int]) -> st.SearchStrategy[Link]:
+    """The same way and protection, with any of these; inproc has no lanes and one size of chunk."""
+    if link.way == "inproc":
+        return st.just(link)
+    return st.builds(
+        Link,
+        st.just(link.way),
+        st.just(link.protection),
+        st.sampled_from(lanes),
+        st.sampled_from(chunks),
+    )
 
 
 @dataclass
@@ -21,19 +55,47 @@ class Pair:
     out: kvt.Connection
     back: kvt.Connection
 
-
-@functools.cache
-def pair(lanes: int | None = None, chunk_nbytes: int | None = None) -> Pair:
-    config = kvt.Config(backends=("tcp",), lanes=lanes, chunk_nbytes=chunk_nbytes, movers=2)
-    ours, theirs = kvt.Endpoint(config), kvt.Endpoint(config)
-    out = ours.connect(theirs.listen("127.0.0.1:0"), timeout=LIMIT_S)
-    return Pair(ours, theirs, out, theirs.accept(LIMIT_S))
+    def close(self) -> None:
+        self.ours.close()
+        self.theirs.close()
 
 
-def close_pairs(pairs: list[Pair]) -> None:
-    for made in pairs:
-        made.ours.close()
-        made.theirs.close()
+class Pairs:
+    """Connected endpoints by their Link: made once, and again when it was closed for others."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder  # of the unix sockets
+        self._numbers = itertools.count()
+        self._made: OrderedDict[Link, Pair] = OrderedDict()
+
+    def __call__(self, link: Link = Link()) -> Pair:
+        if link not in self._made:
+            if len(self._made) >= KEPT:
+                self._made.popitem(last=False)[1].close()
+            self._made[link] = self._connect(link)
+        self._made.move_to_end(link)
+        return self._made[link]
+
+    def _connect(self, link: Link) -> Pair:
+        backend = "inproc" if link.way == "inproc" else "tcp"
+        config = kvt.Config(
+            backends=(backend,),
+            protection=link.protection,
+            lanes=link.lanes,
+            chunk_nbytes=link.chunk_nbytes,
+            movers=2,
+        )
+        ours, theirs = kvt.Endpoint(config), kvt.Endpoint(config)
+        where = {"tcp": "127.0.0.1:0", "unix": f"unix:{self._folder}/{next(self._numbers)}"}.get(link.way)
+        at = theirs.listen(where) if where else f"inproc:{theirs.incarnation.hex()}"
+        out = ours.connect(at, timeout=LIMIT_S)
+        assert out.backend == backend
+        assert f"protection {link.protection}" in out.explain()
+        return Pair(ours, theirs, out, theirs.accept(LIMIT_S))
+
+    def close(self) -> None:
+        while self._made:
+            self._made.popitem()[1].close()
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,4 @@
-"""Pools of several groups, pools of our own memory, and threads that call at once: over loopback TCP, against
-numpy's own indexing.
-"""
+"""Pools of several groups and pools of our own memory, over every way: against numpy's own indexing."""
 
 import numpy as np
 import pytest
@@ -9,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import kvtransport as kvt
-from tests.property.loopback import LIMIT_S
+from tests.property.loopback import LIMIT_S, LINKS
 
 WORDS = 40  # of a block: not a power of two
 
@@ -26,9 +24,9 @@ def layers_of(rng, blocks_of, *, zeroed):
     return arrays, groups
 
 
-@given(st.data())
-def test_each_group_has_ids_of_its_own(pair, data):
-    made = pair()
+@given(st.data(), st.sampled_from(LINKS))
+def test_each_group_has_ids_of_its_own(pair, data, link):
+    made = pair(link)
     count = data.draw(st.integers(1, 3), "groups")
     rng = np.random.default_rng(data.draw(st.integers(0, 1 << 30), "seed"))
     source, groups = layers_of(rng, [int(n) for n in rng.integers(3, 9, count)], zeroed=False)
@@ -54,8 +52,9 @@ def test_each_group_has_ids_of_its_own(pair, data):
     there.close()
 
 
-def test_an_error_names_blocks_by_group(pair):
-    made = pair()
+@pytest.mark.parametrize("link", LINKS, ids=str)
+def test_an_error_names_blocks_by_group(pair, link):
+    made = pair(link)
     rng = np.random.default_rng(1)
     source, groups = layers_of(rng, [4, 6], zeroed=False)
     target, _ = layers_of(rng, [4, 6], zeroed=True)

@@ -8,18 +8,19 @@ import itertools
 from dataclasses import dataclass
 
 import numpy as np
+import pytest
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
 import kvtransport as kvt
 from kvtransport.testing import Blocks
-from tests.property.loopback import LIMIT_S, Pair
+from tests.property.loopback import LIMIT_S, LINKS, Pair, sized
 
 keys = itertools.count()
 LAYERS = 3
 PER_TRANSFER = 3
 quick = settings(
-    max_examples=300,
+    max_examples=200,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
@@ -145,16 +146,17 @@ class Run:
             assert np.array_equal(is_, must)
 
 
+@pytest.mark.parametrize("link", LINKS, ids=str)
 @quick
 @given(
     schedule=schedules(),
     nbytes=st.sampled_from([1, 100, 5000, 60_000]),
-    lanes=st.sampled_from([1, 2, 4]),
-    chunk=st.sampled_from([500, 1 << 20]),
+    data=st.data(),
 )
-def test_any_interleaving(pair, schedule, nbytes, lanes, chunk) -> None:
+def test_any_interleaving(pair, link, schedule, nbytes, data) -> None:
     made, steps = schedule
-    run = Run(pair(lanes, max(chunk, nbytes // 50)), made, nbytes)
+    ends = pair(data.draw(sized(link, lanes=[1, 2, 4], chunks=[500, 1200, 1 << 20]), "link"))
+    run = Run(ends, made, nbytes)
     for at, name in steps:
         run.step(at, name)
     for at in range(len(made)):

@@ -1,17 +1,18 @@
-"""Any layout, permutation, subset, chunk size and number of lanes: exactly the right bytes."""
+"""Any layout, permutation, subset, way, protection, chunk size and number of lanes: exactly the right bytes."""
 
 import itertools
 from dataclasses import replace
 
 import numpy as np
+import pytest
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
-from tests.property.loopback import LIMIT_S, Form
+from tests.property.loopback import LIMIT_S, LINKS, Form, sized
 
 keys = itertools.count()
 quick = settings(
-    max_examples=300,
+    max_examples=200,
     deadline=None,
     suppress_health_check=[
         HealthCheck.too_slow,
@@ -46,15 +47,11 @@ def two_sides(draw: st.DrawFn) -> tuple[Form, Form]:
     return ours, theirs
 
 
+@pytest.mark.parametrize("link", LINKS, ids=str)
 @quick
-@given(
-    data=st.data(),
-    sides=two_sides(),
-    lanes=st.sampled_from([1, 2, 3]),
-    chunk=st.sampled_from([64, 1000, 65536]),
-)
-def test_every_layout_and_subset(pair, data, sides, lanes, chunk) -> None:
-    ends = pair(lanes, chunk)
+@given(data=st.data(), sides=two_sides())
+def test_every_layout_and_subset(pair, link, data, sides) -> None:
+    ends = pair(data.draw(sized(link, lanes=[1, 2, 3], chunks=[64, 1000, 65536]), "link"))
     source, destination = sides
     counts = data.draw(st.tuples(st.integers(1, 4), st.integers(1, 4)), "layers of the pools")
     n = data.draw(st.integers(1, min(counts)), "layers moved")

@@ -1,12 +1,13 @@
-"""Threads that call at once, on one connection over loopback TCP."""
+"""Threads that call at once, on one connection, over every way."""
 
 import random
 import threading
 
 import numpy as np
+import pytest
 
 import kvtransport as kvt
-from tests.property.loopback import LIMIT_S
+from tests.property.loopback import LIMIT_S, LINKS
 
 BLOCKS, ROUNDS, THREADS = 16, 40, 6
 
@@ -50,8 +51,9 @@ def messages_of(endpoint, count):
     return said
 
 
-def test_post_wait_cancel_and_send_messages_at_once(pair):
-    made = pair()
+@pytest.mark.parametrize("link", LINKS, ids=str)
+def test_post_wait_cancel_and_send_messages_at_once(pair, link):
+    made = pair(link)
     rng = np.random.default_rng(2)
     source = rng.integers(1, 1 << 30, (BLOCKS, 9000), np.int64)
     here = made.ours.register(source)
@@ -75,9 +77,10 @@ def test_post_wait_cancel_and_send_messages_at_once(pair):
     here.close()
 
 
-def test_messages_keep_their_order_whoever_acts_on_them(pair):
+@pytest.mark.parametrize("link", LINKS, ids=str)
+def test_messages_keep_their_order_whoever_acts_on_them(pair, link):
     """Each thread that sends also takes care of what has just come: they must not overtake each other."""
-    made = pair()
+    made = pair(link)
     count, found = 1500, {}
 
     def send(connection, name):
