@@ -52,8 +52,13 @@ def test_each_group_has_ids_of_its_own(pair, data, link):
     there.close()
 
 
+@pytest.mark.parametrize(
+    ("ready", "expected"),
+    [([0], {"g0": [3], "g1": [0, 5]}), ([0, 1], {"g0": [], "g1": [0, 5]}), ([2, 3], {"g0": [3], "g1": []})],
+    ids=["a layer of a group", "the first group", "the second group"],
+)
 @pytest.mark.parametrize("link", LINKS, ids=str)
-def test_an_error_names_blocks_by_group(pair, link):
+def test_an_error_names_blocks_by_group(pair, link, ready, expected):
     made = pair(link)
     rng = np.random.default_rng(1)
     source, groups = layers_of(rng, [4, 6], zeroed=False)
@@ -62,16 +67,21 @@ def test_an_error_names_blocks_by_group(pair, link):
     gate = made.ours.layer_gate(4)
     receive = made.back.recv_blocks(there, {"g0": [3], "g1": [5, 0]}, key="cut")
     send = made.out.send_blocks(here, {"g0": [0], "g1": [1, 2]}, key="cut", after=gate)
-    gate.mark_ready(0)
-    receive.wait_layer("0-0", timeout=LIMIT_S)
+    for layer in ready:
+        gate.mark_ready(layer)
+    for layer in ready:
+        receive.wait_layer(layer, timeout=LIMIT_S)
     gate.fail("the producer has gone")
     with pytest.raises(kvt.TransferError):
         send.result(LIMIT_S)
     with pytest.raises(kvt.PeerAborted) as caught:
         receive.result(LIMIT_S)
     failed = caught.value.failed_block_ids
-    assert {group: sorted(ids) for group, ids in failed.items()} == {"g0": [3], "g1": [0, 5]}
-    assert (target["0-0"][3] == source["0-0"][0]).all()
+    assert {group: sorted(ids) for group, ids in failed.items()} == expected
+    states = {group: set(ids.values()) for group, ids in caught.value.blocks.items()}
+    assert states == {group: {"poisoned" if ids else "sealed"} for group, ids in expected.items()}
+    if 0 in ready:
+        assert (target["0-0"][3] == source["0-0"][0]).all()
     here.close()
     there.close()
 

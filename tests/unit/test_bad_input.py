@@ -193,6 +193,10 @@ def test_messages(pair):
         pair.sender.send_message(bytes((1 << 20) + 1))
     with pytest.raises(TypeError):
         pair.sender.send_message("text")
+    with pytest.raises(TypeError):
+        pair.sender.send_message(5)  # not five zeros
+    with pytest.raises(TypeError, match="not a Transfer"):
+        pair.sender.send_message(b"", after=5)
 
 
 # --- the two sides don't fit ---

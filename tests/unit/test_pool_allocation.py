@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from kvtransport.errors import ResourceLimit
 from kvtransport.memory.allocation import HostMemory, PoolArray, layer_arrays
 from kvtransport.memory.layout import DTYPES, NO_NUMPY_DTYPE, BlockLayout
 from kvtransport.memory.plan import describe
@@ -69,6 +70,11 @@ def test_host_memory_refusals(nbytes: Any) -> None:
         HostMemory(nbytes)
 
 
+def test_more_memory_than_there_is() -> None:
+    with pytest.raises(ResourceLimit, match=f"no room for {1 << 60} bytes"):
+        HostMemory(1 << 60)
+
+
 @pytest.mark.parametrize("name", DTYPES)
 def test_true_dtype(name: str) -> None:
     array = layer_arrays(layout(dtype=name), ["a"], 5)["a"]
@@ -79,6 +85,8 @@ def test_true_dtype(name: str) -> None:
     tensor.view(torch.uint8)[3] = 7
     assert (array.bits[3].view(np.uint8) == 7).all()
     assert tensor.nbytes == array.nbytes
+    assert len(array) == 5
+    assert repr(array) == f"PoolArray(shape=(5, 2, 4, 6), dtype={name!r})"
     region = Region.of(array)
     assert (region.dtype, region.address, region.writable) == (name, tensor.data_ptr(), True)
 
@@ -90,13 +98,19 @@ def test_numpy_where_it_has_the_dtype(name: str) -> None:
     if name in NO_NUMPY_DTYPE:
         with pytest.raises(TypeError, match=rf"numpy has no {name}: use torch.from_dlpack"):
             np.asarray(array)
+        with pytest.raises(TypeError, match="raw bits"):
+            array.__buffer__(0)
+        assert array.bits.dtype == np.dtype(f"uint{8 * DTYPES[name][0]}")
         return
+    assert np.frombuffer(array.__buffer__(0), np.uint8).ctypes.data == array.bits.ctypes.data
     view = np.asarray(array)
     assert view.dtype == np.dtype(name)
     assert view.ctypes.data == array.bits.ctypes.data
     copy = np.array(array, copy=True)
     assert copy.ctypes.data != view.ctypes.data
-    assert np.asarray(array, dtype="float64").dtype == np.float64
+    assert array.__array__("complex128").dtype == np.complex128
+    with pytest.raises(ValueError, match="without a copy"):
+        array.__array__("complex128", copy=False)
     assert np.from_dlpack(array).ctypes.data == view.ctypes.data
 
 
