@@ -62,7 +62,7 @@ class Path {
     virtual void kick(std::uint64_t small_nbytes) = 0;
     virtual void quiesce(const protocol::TransferPtr& transfer) = 0;
     /// The calling thread does the control stream's work until `stop` says so, `until`, or `wake_fd` is
-    /// readable. False at once when another thread does it already.
+    /// readable. False at once when another thread does it already, and when the stream has ended.
     class StopCondition {
       public:
         virtual ~StopCondition() = default;

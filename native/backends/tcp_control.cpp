@@ -147,7 +147,8 @@ bool TcpControl::drive(const Path::StopCondition& stop, int wake_fd, std::int64_
         driven_ = true;
     }
     set_interest();
-    while (!stop()) {
+    bool ended = false;
+    while (!ended && !stop()) {
         pollfd fds[2] = {{fd_.get(), POLLIN, 0}, {wake_fd, POLLIN, 0}};
         timespec timeout{};
         timespec* bound = nullptr;
@@ -159,17 +160,17 @@ bool TcpControl::drive(const Path::StopCondition& stop, int wake_fd, std::int64_
         if (::ppoll(fds, 2, bound, nullptr) <= 0 || fds[1].revents != 0) {
             break;
         }
-        if (read_frames() == Read::dead) {
-            break;
+        ended = read_frames() == Read::dead;
+        if (!ended) {
+            host_.settle();
         }
-        host_.settle();
     }
     {
         const std::lock_guard interest(interest_mutex_);
         driven_ = false;
     }
     set_interest();
-    return true;
+    return !ended;  // whoever ends the connection may still be at it, and completes what is waited for
 }
 
 void TcpControl::read_last_words() {
