@@ -125,6 +125,10 @@ void InprocPath::flush_control() {
 
 void InprocPath::deliver(PathHost& to, std::span<const std::byte> bytes) {
     using protocol::kHeaderNbytes;
+    const PathHost::Visit visit(to);
+    if (!visit) {
+        return;
+    }
     to.heard();
     try {
         while (!bytes.empty()) {

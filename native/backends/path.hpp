@@ -40,6 +40,27 @@ class PathHost : public protocol::LaneHost {
     virtual void lane_broke(const std::string& reason) = 0;
     virtual bool is_lost() const noexcept = 0;
 
+    /// For threads of others (the peer's in this process, one that marks a gate): while one is in, this
+    /// side's engine stays. False when the connection has ended, and the engine may be gone.
+    virtual bool enter() noexcept = 0;
+    virtual void leave() noexcept = 0;
+    class Visit {
+      public:
+        explicit Visit(PathHost& host) : host_(host), in_(host.enter()) {}
+        ~Visit() {
+            if (in_) {
+                host_.leave();
+            }
+        }
+        Visit(const Visit&) = delete;
+        Visit& operator=(const Visit&) = delete;
+        explicit operator bool() const noexcept { return in_; }
+
+      private:
+        PathHost& host_;
+        const bool in_;
+    };
+
     // For backends where the destination copies within this process: the source's record, held while its
     // memory is read.
     /// Null when the source has ended.

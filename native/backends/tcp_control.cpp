@@ -28,7 +28,13 @@ std::string reset_reason(int error) {
 TcpControl::TcpControl(PathHost& host, std::shared_ptr<void> keep_host, EventLoop& reactor, Fd fd)
     : host_(host), keep_host_(std::move(keep_host)), reactor_(reactor), fd_(std::move(fd)) {}
 
-void TcpControl::start() { reactor_.add(fd_.get(), EPOLLIN, shared_from_this()); }
+// A socket that is registered after close() would stay so, and readable for ever.
+void TcpControl::start() {
+    const std::lock_guard lock(interest_mutex_);
+    if (!closed_) {
+        reactor_.add(fd_.get(), EPOLLIN, shared_from_this());
+    }
+}
 
 void TcpControl::set_interest() {
     const std::lock_guard lock(interest_mutex_);

@@ -38,7 +38,12 @@ TcpLane::TcpLane(PathHost& host, std::shared_ptr<void> keep_host, Mover& mover, 
       reader_(*this, digest),
       writer_(*this, digest) {}
 
-void TcpLane::start() { mover_.add(fd_.get(), EPOLLIN | EPOLLOUT | EPOLLET, shared_from_this()); }
+void TcpLane::start() {
+    mover_.add(fd_.get(), EPOLLIN | EPOLLOUT | EPOLLET, shared_from_this());
+    if (closed_.load()) {
+        mover_.remove(fd_.get());  // close() may have looked before
+    }
+}
 
 void TcpLane::kick() { mover_.enqueue(shared_from_this()); }
 

@@ -21,6 +21,9 @@ namespace {
 constexpr std::uint64_t kWakeToken = 0;
 constexpr int kMaxEvents = 64;
 
+// Not the id in std::thread: stop() changes that while others ask.
+thread_local const EventLoop* loop_here = nullptr;
+
 [[noreturn]] void raise_errno(const char* what) {
     throw std::system_error(errno, std::generic_category(), what);
 }
@@ -77,6 +80,9 @@ void EventLoop::stop() {
 
 void EventLoop::add(int fd, std::uint32_t events, std::shared_ptr<Pollable> pollable) {
     const std::lock_guard lock(mutex_);
+    if (!epoll_) {
+        return;
+    }
     const std::uint64_t token = next_token_++;
     epoll_event event{};
     event.events = events;
@@ -194,7 +200,10 @@ bool EventLoop::run_queue() {
     return again;
 }
 
+bool EventLoop::on_this_thread() const noexcept { return loop_here == this; }
+
 void EventLoop::main() {
+    loop_here = this;
     pthread_setname_np(pthread_self(), name_);
     if (cpu_ >= 0) {
         cpu_set_t one;

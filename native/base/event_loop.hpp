@@ -41,13 +41,14 @@ class EventLoop {
     /// Ends the thread; what is registered is let go, and its descriptors are closed. Idempotent.
     void stop();
 
+    /// Nothing when the loop has ended: what would be called is let go.
     void add(int fd, std::uint32_t events, std::shared_ptr<Pollable> pollable);
     void modify(int fd, std::uint32_t events);
     void remove(int fd);
     void wake() noexcept;
     /// Gives `work` a turn soon, on this loop's thread.
     void enqueue(std::shared_ptr<Runnable> work);
-    bool on_this_thread() const noexcept { return std::this_thread::get_id() == thread_.get_id(); }
+    bool on_this_thread() const noexcept;
 
   protected:
     /// After each round of events: does what is due and returns when it wants to be called next (monotonic

@@ -87,7 +87,8 @@ namespace {
 
 void bind_opening(nb::class_<PySession>& session) {
     session.def_prop_ro("id", [](const PySession& self) {
-        return nb::bytes(self.connection->session_id().data(), self.connection->session_id().size());
+        const std::string id = self.connection->session_id();
+        return nb::bytes(id.data(), id.size());
     });
 }
 

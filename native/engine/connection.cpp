@@ -31,25 +31,6 @@ Connection::Connection(Engine& engine, std::string session_id)
 
 Connection::~Connection() = default;
 
-void Connection::prepare(std::shared_ptr<backends::Path> path, const protocol::SessionConfig& config) {
-    const Time now = monotonic_ns();
-    {
-        const std::lock_guard lock(mutex_);
-        backend_ = path->name();
-        backend_tally_.store(&engine_.tally(backend_));
-        path_ = std::move(path);
-        digest_ = config.digest;
-        session_.open(config, now);
-        heard_at_.store(now);
-        spoke_at_.store(now);
-    }
-}
-
-void Connection::begin() {
-    open_.store(true, std::memory_order_release);
-    settle();
-}
-
 std::shared_ptr<backends::Path> Connection::path() const {
     const std::lock_guard lock(mutex_);
     return path_;
@@ -179,11 +160,21 @@ void Connection::release_message(const std::shared_ptr<MessageHandle>& message,
         return;
     }
     message->after = nullptr;
+    const Visit here(*this);  // the transfer may be another engine's
+    std::vector<protocol::MessagePtr> refused;
     {
         const std::lock_guard lock(mutex_);
         session_.post_message(message, monotonic_ns());
+        if (!here) {
+            refused = session_.take_finished_messages();
+        }
     }
-    settle();
+    for (const auto& ended : refused) {
+        complete(ended);
+    }
+    if (here) {
+        settle();
+    }
 }
 
 // False, with the handle's outcome, where this connection can't take the post.
@@ -466,10 +457,11 @@ Connection::LayerState Connection::wait_layer(const std::shared_ptr<TransferHand
 // ---- loss and the clock
 
 void Connection::close(Cause cause, const std::string& reason, bool tell) {
+    const Visit here(*this);
     std::shared_ptr<backends::Path> path;
     {
         const std::lock_guard lock(mutex_);
-        if (lost_.load(std::memory_order_relaxed) || ending_) {
+        if (!here || ending_) {
             return;  // the first reason is the reason: the peer's answer to our goodbye is not
         }
         ending_ = true;

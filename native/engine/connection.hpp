@@ -3,7 +3,8 @@
 // Lives here: posting, waiting, acting on the session's output (settle), loss. Does not live here: sockets
 // (backends), the state machine (protocol), Python (bindings). Invariants: the session is touched only under
 // `mutex_`; nothing that blocks, writes a socket or takes a path's lock happens under it; every call that
-// changes the session is followed by settle(). Lock order: a path's locks, then mutex_, then a handle's.
+// changes the session is followed by settle(). Lock order: a path's locks, then the engine's, then mutex_,
+// then a handle's.
 #pragma once
 
 #include <atomic>
@@ -55,7 +56,8 @@ class Connection final : public backends::PathHost, public std::enable_shared_fr
         prepare(std::move(path), config);
         begin();
     }
-    /// The two halves of open(), for a path whose other end must be prepared before the first frame.
+    /// The two halves of open(), for a path whose other end must be prepared before the first frame. A
+    /// connection that has ended meanwhile closes the path.
     void prepare(std::shared_ptr<backends::Path> path, const protocol::SessionConfig& config);
     void begin();
     /// Takes over what was posted on a connection that never opened, and ends that one.
@@ -97,6 +99,8 @@ class Connection final : public backends::PathHost, public std::enable_shared_fr
     void lose(protocol::Cause cause, const std::string& reason) override { close(cause, reason, false); }
     void lane_broke(const std::string& reason) override;
     bool is_lost() const noexcept override { return lost_.load(std::memory_order_acquire); }
+    bool enter() noexcept override;
+    void leave() noexcept override;
     // LaneHost
     protocol::ChunkTarget chunk_begin(const protocol::Header& header) override;
     void chunk_end(const protocol::ChunkTarget& target, const protocol::Trailer& trailer,
@@ -107,9 +111,15 @@ class Connection final : public backends::PathHost, public std::enable_shared_fr
     void returned(const protocol::TransferPtr& transfer) override;
     void wait_inactive(const protocol::TransferPtr& transfer) override;
 
-    const std::string& session_id() const noexcept { return session_id_; }
+    std::string session_id() const {
+        const std::lock_guard lock(mutex_);
+        return session_id_;
+    }
     /// Once, by Engine::rename, before open().
-    void set_session_id(std::string id) { session_id_ = std::move(id); }
+    void set_session_id(std::string id) {
+        const std::lock_guard lock(mutex_);
+        session_id_ = std::move(id);
+    }
     Engine& engine() noexcept { return engine_; }
     std::shared_ptr<backends::Path> path() const;
     std::string backend() const;

@@ -14,6 +14,43 @@ namespace kvt::engine {
 using protocol::Cause;
 using protocol::Time;
 
+void Connection::prepare(std::shared_ptr<backends::Path> path, const protocol::SessionConfig& config) {
+    const Time now = monotonic_ns();
+    {
+        const std::lock_guard lock(mutex_);
+        if (!ending_ && !lost_.load(std::memory_order_relaxed)) {
+            backend_ = path->name();
+            backend_tally_.store(&engine_.tally(backend_));
+            path_ = std::move(path);
+            digest_ = config.digest;
+            session_.open(config, now);
+            heard_at_.store(now);
+            spoke_at_.store(now);
+            return;
+        }
+    }
+    path->close();
+}
+
+void Connection::begin() {
+    if (path() != nullptr) {
+        open_.store(true, std::memory_order_release);
+        settle();
+    }
+}
+
+// Not lost: either nobody has begun to close, or who does is in.
+bool Connection::enter() noexcept {
+    const std::lock_guard lock(mutex_);
+    if (lost_.load(std::memory_order_relaxed)) {
+        return false;
+    }
+    engine_.visitor_comes();
+    return true;
+}
+
+void Connection::leave() noexcept { engine_.visitor_leaves(); }
+
 bool Connection::take_control(protocol::Bytes& out) {
     const std::lock_guard lock(mutex_);
     protocol::Bytes& from = session_.outbox();
@@ -265,12 +302,16 @@ void LayerGate::kick() {
         known = connections_;
     }
     for (const auto& weak : known) {
-        if (const auto connection = weak.lock()) {
-            if (failed()) {
-                connection->fail_gates();
-            } else {
-                connection->poll_gates();
-            }
+        const auto connection = weak.lock();
+        if (!connection) {
+            continue;
+        }
+        if (const backends::PathHost::Visit visit(*connection); !visit) {
+            continue;  // its transfers have ended
+        } else if (failed()) {
+            connection->fail_gates();
+        } else {
+            connection->poll_gates();
         }
     }
 }

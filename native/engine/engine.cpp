@@ -109,6 +109,7 @@ void Engine::close() {
     for (const auto& connection : all_connections()) {
         connection->close(Cause::connection_closed, "the endpoint was closed", true);
     }
+    wait_for_visitors();  // one of them may be closing a connection, whose handles are then done, too
     stop_threads();
     admission_->close_reserve();
     {
@@ -119,6 +120,24 @@ void Engine::close() {
     }
     const std::lock_guard lock(events_mutex_);
     events_.reset();
+}
+
+void Engine::visitor_comes() noexcept {
+    const std::lock_guard lock(visits_mutex_);
+    ++visits_;
+}
+
+// Told under the lock: the engine may be gone as soon as it is free.
+void Engine::visitor_leaves() noexcept {
+    const std::lock_guard lock(visits_mutex_);
+    if (--visits_ == 0) {
+        visits_over_.notify_all();
+    }
+}
+
+void Engine::wait_for_visitors() {
+    std::unique_lock lock(visits_mutex_);
+    visits_over_.wait(lock, [&] { return visits_ == 0; });
 }
 
 // ---- connections and pools
@@ -140,7 +159,9 @@ void Engine::rename(const std::shared_ptr<Connection>& connection, const std::st
     const std::lock_guard lock(mutex_);
     connections_.erase(connection->session_id());
     connection->set_session_id(session_id);
-    connections_[session_id] = connection;
+    if (!connection->is_lost()) {  // else nobody would forget it again
+        connections_[session_id] = connection;
+    }
 }
 
 std::vector<backends::Mover*> Engine::movers() noexcept {

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <atomic>
+#include <condition_variable>
 #include <cstdint>
 #include <deque>
 #include <map>
@@ -83,6 +84,9 @@ class Engine {
     /// What became of all operations over a backend ("none": of posts that never saw a session). It stays
     /// where it is as long as the engine.
     Tally& tally(const std::string& backend);
+    /// Between the two close() doesn't return.
+    void visitor_comes() noexcept;
+    void visitor_leaves() noexcept;
 
     // For Python.
     int event_fd();
@@ -101,6 +105,7 @@ class Engine {
 
   private:
     void stop_threads();
+    void wait_for_visitors();
     std::vector<std::shared_ptr<Connection>> all_connections();
     protocol::Time tick_all(protocol::Time now, bool heartbeat, bool resumed);
     bool poll_gated();
@@ -126,6 +131,10 @@ class Engine {
 
     std::mutex tallies_mutex_;
     std::map<std::string, Tally> tallies_;
+
+    std::mutex visits_mutex_;
+    std::condition_variable visits_over_;
+    unsigned visits_ = 0;
 
     std::mutex events_mutex_;
     Fd events_;

@@ -210,8 +210,11 @@ class EnginePair {
     EnginePair& operator=(const EnginePair&) = delete;
 
     void close() {
-        a.engine->close();
-        b.engine->close();
+        for (const Side* side : {&a, &b}) {
+            if (side->engine) {
+                side->engine->close();
+            }
+        }
     }
     /// Every socket between the two ends, as a machine between them would do it.
     void cut() const {
