@@ -82,29 +82,29 @@ std::shared_ptr<TransferHandle> Connection::make_handle(PostArgs& args) {
 }
 
 std::shared_ptr<TransferHandle> Connection::post(PostArgs args) {
-    if (is_lost()) {
+    if (is_lost() && !heir()) {
         throw NotUsable(lost_cause(), lost_reason());
     }
     auto handle = make_handle(args);
     if (!args.pool->use()) {
         throw protocol::LocalViolation("the pool is closed");
     }
+    std::shared_ptr<Connection> taker;
     try {
         claim(handle);
-        const std::lock_guard lock(mutex_);
-        session_.post(handle, args.pool->id(), monotonic_ns());
+        taker = place(handle, args.pool->id());
     } catch (...) {
         engine_.release(*handle);
         args.pool->unuse();
         throw;
     }
     if (args.gate) {
-        args.gate->attach(shared_from_this());
+        args.gate->attach(taker);
         if (args.gate->failed()) {
-            fail_gates();
+            taker->fail_gates();
         }
     }
-    settle(handle->role == protocol::Role::source ? handle->nbytes : 0);
+    taker->settle(handle->role == protocol::Role::source ? handle->nbytes : 0);
     return handle;
 }
 
@@ -114,7 +114,7 @@ std::shared_ptr<MessageHandle> Connection::post_message(protocol::Bytes data,
     if (data.size() > protocol::kMaxControlBodyNbytes) {
         throw std::invalid_argument("a message has at most 1 MiB");
     }
-    if (is_lost()) {
+    if (is_lost() && !heir()) {
         throw NotUsable(lost_cause(), lost_reason());
     }
     auto handle = std::make_shared<MessageHandle>(shared_from_this());
@@ -139,16 +139,6 @@ std::shared_ptr<MessageHandle> Connection::post_message(protocol::Bytes data,
     return handle;
 }
 
-void Connection::defer(const std::shared_ptr<MessageHandle>& message) {
-    const std::lock_guard lock(mutex_);
-    dependents_.push_back(message);
-}
-
-bool Connection::undefer(const std::shared_ptr<MessageHandle>& message) {
-    const std::lock_guard lock(mutex_);
-    return std::erase(dependents_, message) != 0;
-}
-
 // Sends a message whose transfer has ended, or ends it with that transfer's error.
 void Connection::release_message(const std::shared_ptr<MessageHandle>& message,
                                  const std::shared_ptr<TransferHandle>& after) {
@@ -162,12 +152,15 @@ void Connection::release_message(const std::shared_ptr<MessageHandle>& message,
     message->after = nullptr;
     const Visit here(*this);  // the transfer may be another engine's
     std::vector<protocol::MessagePtr> refused;
-    {
-        const std::lock_guard lock(mutex_);
+    const auto taker = unless_inherited([&] {
         session_.post_message(message, monotonic_ns());
         if (!here) {
             refused = session_.take_finished_messages();
         }
+    });
+    if (taker) {
+        taker->release_message(message, after);
+        return;
     }
     for (const auto& ended : refused) {
         complete(ended);
@@ -175,53 +168,6 @@ void Connection::release_message(const std::shared_ptr<MessageHandle>& message,
     if (here) {
         settle();
     }
-}
-
-// False, with the handle's outcome, where this connection can't take the post.
-bool Connection::take_over(TransferHandle& handle, const protocol::TransferPtr& transfer, Time now) {
-    try {
-        session_.take_over(transfer, now);
-        return true;
-    } catch (const protocol::LocalViolation&) {
-        handle.outcome = {Cause::cancelled,
-                          protocol::Delivered::no,
-                          "its key is in use on the connection to the same peer",
-                          {}};
-    } catch (const protocol::Excess& excess) {
-        handle.outcome = {Cause::resource_limit, protocol::Delivered::no, excess.what(), {}};
-    }
-    handle.over_at = now;
-    handle.snapshot(backend_);
-    return false;
-}
-
-void Connection::adopt(const std::shared_ptr<Connection>& other) {
-    std::vector<protocol::TransferPtr> refused;
-    const Time now = monotonic_ns();
-    {
-        const std::scoped_lock lock(mutex_, other->mutex_);
-        for (auto& transfer : other->session_.give_up_posts()) {
-            auto handle = std::static_pointer_cast<TransferHandle>(transfer);
-            handle->move_to(shared_from_this());
-            if (!take_over(*handle, transfer, now)) {
-                refused.push_back(std::move(transfer));
-            }
-        }
-        for (auto& message : other->session_.give_up_messages()) {
-            session_.post_message(std::move(message), now);
-        }
-        dependents_.insert(dependents_.end(), std::make_move_iterator(other->dependents_.begin()),
-                           std::make_move_iterator(other->dependents_.end()));
-        other->dependents_.clear();
-        other->session_.lost(Cause::connection_closed, "another connection to this peer has taken its place",
-                             now);
-        other->lost_.store(true);
-    }
-    for (const auto& transfer : refused) {
-        complete(transfer);
-    }
-    other->engine_.forget(*other);
-    settle();
 }
 
 void Connection::cancel(const std::shared_ptr<TransferHandle>& handle) {
@@ -238,11 +184,12 @@ void Connection::cancel(const std::shared_ptr<TransferHandle>& handle) {
 
 void Connection::refuse(const std::string& key, const std::string& reason, Time remember_ns) {
     const Time now = monotonic_ns();
-    {
-        const std::lock_guard lock(mutex_);
-        session_.refuse(key, reason, now + remember_ns, now);
+    const auto taker = unless_inherited([&] { session_.refuse(key, reason, now + remember_ns, now); });
+    if (taker) {
+        taker->refuse(key, reason, remember_ns);
+    } else {
+        settle();
     }
-    settle();
 }
 
 void Connection::forget_pool(std::uint64_t pool_id) {

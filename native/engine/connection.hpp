@@ -153,6 +153,18 @@ class Connection final : public backends::PathHost, public std::enable_shared_fr
     };
     Output take_output();
     std::shared_ptr<TransferHandle> make_handle(PostArgs& args);
+    std::shared_ptr<Connection> heir() const;
+    /// Does `work` under the lock, unless there is an heir whose it is; returns that.
+    template <class Work>
+    std::shared_ptr<Connection> unless_inherited(Work&& work) {
+        const std::lock_guard lock(mutex_);
+        if (!heir_) {
+            std::forward<Work>(work)();
+        }
+        return heir_;
+    }
+    /// Hands a post to the session, or to the heir's; returns whose.
+    std::shared_ptr<Connection> place(const std::shared_ptr<TransferHandle>& handle, std::uint64_t pool_id);
     void settle(std::uint64_t small_nbytes);
     bool settle_once(std::uint64_t small_nbytes);
     void put_inline();
@@ -190,6 +202,7 @@ class Connection final : public backends::PathHost, public std::enable_shared_fr
     std::string lost_reason_;
     bool ending_ = false;  // a close has begun; `lost_` follows once its goodbye is on its way
     std::vector<std::shared_ptr<MessageHandle>> dependents_;  // messages that wait for a transfer
+    std::shared_ptr<Connection> heir_;                        // has adopted what was posted here
 };
 
 }  // namespace kvt::engine

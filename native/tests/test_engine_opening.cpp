@@ -182,3 +182,49 @@ TEST_CASE("an engine goes while its peer in the process is at work") {
         }
     }
 }
+
+TEST_CASE("what was posted on a connection before another took its place") {
+    EnginePair pair(kSmall);
+    const auto early = pair.a.engine->new_connection("early");
+    const auto sent = early->post(pair.a.args(Role::source, "k", {0, 1}));
+    const auto after = early->post_message(protocol::Bytes(8), sent, nullptr, 0);
+    const auto at_once = early->post_message(protocol::Bytes(9), nullptr, nullptr, 0);
+    pair.a.connection->adopt(early);
+    const auto received = pair.b.post(Role::destination, "k", {0, 1});
+    CHECK(pair.a.outcome(*sent) == Cause::ok);
+    CHECK(pair.b.outcome(*received) == Cause::ok);
+    for (const auto& message : {at_once, after}) {
+        REQUIRE(pair.a.connection->wait(*message, deadline()));
+        CHECK(message->result.outcome.cause == Cause::ok);
+    }
+}
+
+TEST_CASE("posted while another connection takes the place") {
+    for (int round = 0; round < 40; ++round) {
+        EnginePair pair(kSmall);
+        const auto early = pair.a.engine->new_connection("early");
+        std::vector<std::shared_ptr<TransferHandle>> sent;
+        std::vector<std::shared_ptr<MessageHandle>> messages;
+        std::atomic<int> posted{0};
+        std::thread posting([&] {
+            for (; posted < 20; ++posted) {
+                sent.push_back(early->post(pair.a.args(Role::source, std::to_string(posted), {0, 1})));
+                messages.push_back(early->post_message(protocol::Bytes(8), sent.back(), nullptr, 0));
+            }
+        });
+        while (posted < round % 20) {
+            std::this_thread::yield();
+        }
+        pair.a.connection->adopt(early);
+        posting.join();
+        for (int i = 0; i < 20; ++i) {
+            const auto received = pair.b.post(Role::destination, std::to_string(i), {0, 1});
+            CHECK(pair.b.outcome(*received) == Cause::ok);
+            CHECK(pair.a.outcome(*sent[static_cast<std::size_t>(i)]) == Cause::ok);
+        }
+        for (const auto& message : messages) {
+            REQUIRE(pair.a.connection->wait(*message, deadline()));
+            CHECK(message->result.outcome.cause == Cause::ok);
+        }
+    }
+}
