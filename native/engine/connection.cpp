@@ -142,19 +142,21 @@ std::shared_ptr<MessageHandle> Connection::post_message(protocol::Bytes data,
 // Sends a message whose transfer has ended, or ends it with that transfer's error.
 void Connection::release_message(const std::shared_ptr<MessageHandle>& message,
                                  const std::shared_ptr<TransferHandle>& after) {
+    // The transfer may be another engine's; then ours may be gone, and with it what it counts.
+    const Visit here(*this);
+    const bool engine_stays = here || !after || &after->connection()->engine() == &engine_;
     if (after && after->result.outcome.cause != Cause::ok) {
         message->after = after;
         message->outcome = after->result.outcome;
         message->finished = true;
-        complete(protocol::MessagePtr(message));
+        complete(message, engine_stays);
         return;
     }
     message->after = nullptr;
-    const Visit here(*this);  // the transfer may be another engine's
     std::vector<protocol::MessagePtr> refused;
     const auto taker = unless_inherited([&] {
         session_.post_message(message, monotonic_ns());
-        if (!here) {
+        if (!engine_stays) {
             refused = session_.take_finished_messages();
         }
     });
@@ -163,9 +165,9 @@ void Connection::release_message(const std::shared_ptr<MessageHandle>& message,
         return;
     }
     for (const auto& ended : refused) {
-        complete(ended);
+        complete(ended, false);
     }
-    if (here) {
+    if (engine_stays) {
         settle();
     }
 }
@@ -330,11 +332,13 @@ void Connection::complete(const protocol::TransferPtr& transfer) {
     }
 }
 
-void Connection::complete(const protocol::MessagePtr& message) {
+void Connection::complete(const protocol::MessagePtr& message, bool counted) {
     auto& handle = static_cast<MessageHandle&>(*message);
     handle.result.outcome = handle.outcome;
-    count(Operation::message, handle.outcome.cause, handle.nbytes,
-          handle.posted_at != 0 ? monotonic_ns() - handle.posted_at : 0);
+    if (counted) {
+        count(Operation::message, handle.outcome.cause, handle.nbytes,
+              handle.posted_at != 0 ? monotonic_ns() - handle.posted_at : 0);
+    }
     handle.complete();
 }
 

@@ -172,7 +172,7 @@ class Connection final : public backends::PathHost, public std::enable_shared_fr
     void unwatch_process();
     void deliver_messages();
     void complete(const protocol::TransferPtr& transfer);
-    void complete(const protocol::MessagePtr& message);
+    void complete(const protocol::MessagePtr& message, bool counted = true);
     void count(Operation operation, protocol::Cause outcome, std::uint64_t nbytes, std::int64_t ns);
     bool take_over(TransferHandle& handle, const protocol::TransferPtr& transfer, protocol::Time now);
     void claim(const std::shared_ptr<TransferHandle>& handle);
