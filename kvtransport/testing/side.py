@@ -143,14 +143,19 @@ class LocalSide(Side):
 
 
 class ProcessSide(Side):
-    """A side in a process of its own."""
+    """A side in a process of its own.
+
+    program: what Python runs there: `kvtransport.testing.worker`, or what calls its `main` with more commands.
+    """
+
+    program: tuple[str, ...] = ("-m", "kvtransport.testing.worker")
 
     def __init__(self, name: str) -> None:
         self.name = name
         self._children: list[int] = []
         self._killed = False
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "kvtransport.testing.worker"],
+            [sys.executable, *self.program],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,

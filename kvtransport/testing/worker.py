@@ -12,9 +12,8 @@ from typing import Any
 from kvtransport.testing.actor import Actor, error_to_json
 
 
-def main() -> None:
+def main(actor: Actor) -> None:
     """Answer commands until there are no more."""
-    actor = Actor()
     for line in sys.stdin:
         asked = json.loads(line)
         answer: dict[str, Any]
@@ -26,4 +25,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(Actor())

@@ -2,7 +2,7 @@
 
 import pytest
 
-from kvtransport.testing.side import ProcessSide
+from tests.faults.keeper import Keeper
 from tests.faults.peers import Through
 
 
@@ -19,7 +19,7 @@ def far():
     made = []
 
     def make(name, **config):
-        made.append(ProcessSide(name))
+        made.append(Keeper(name))
         made[-1].call("start", config={"backends": ["tcp"], **config})
         return made[-1]
 

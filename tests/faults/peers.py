@@ -8,13 +8,15 @@ Lanes are one and a chunk is a block, unless a test says otherwise: so a byte of
 import contextlib
 import os
 import signal
+import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from kvtransport.testing.blocks import Blocks
 from kvtransport.testing.harness import Harness, Rig
-from kvtransport.testing.side import Side
+from kvtransport.testing.side import LocalSide, Side
+from tests.faults.keeper import Keeper
 from tests.faults.proxy import Fault, Proxy
 
 CHUNK = 65536
@@ -25,7 +27,8 @@ OF = Blocks(COUNT, CHUNK)
 TO = Blocks(COUNT, CHUNK, gap=64, seed=2)
 IDS = tuple(range(COUNT))
 SLOW_S = 0.5
-"""For what takes 50 or 100 ms on a machine with nothing else to do."""
+"""For what takes 50 or 100 ms, the one time that a busy machine makes it slow; `check_median` has the bound itself."""
+ROUNDS = 5
 
 
 @dataclass
@@ -47,6 +50,10 @@ class Through(Harness):
                 self.proxy.close()
             self.proxy = None
 
+    def _peer(self) -> Side:
+        kept, self._spare = self._spare, None
+        return kept or Keeper("peer")
+
     def _listen(self, peer: Side) -> str:
         address = super()._listen(peer)
         if self.faults:
@@ -61,6 +68,19 @@ def post(source: Side, destination: Side, key: str = "t", **options: object) -> 
     destination.pool("to", TO)
     destination.recv(key, "to", IDS, **options)
     source.send(key, "of", IDS, **options)
+
+
+@contextlib.contextmanager
+def linked_to(peer: Side, **config: object) -> Iterator[LocalSide]:
+    """An endpoint of this process, connected to a process that has one; many may be, each with its own connection."""
+    here = LocalSide("here")
+    try:
+        here.call("start", config={"backends": ["tcp"], **config})
+        here.call("connect", address=peer.call("listen", address="127.0.0.1:0"))
+        peer.call("accept")
+        yield here
+    finally:
+        here.call("close")
 
 
 def states(error) -> dict[int, str]:
@@ -115,9 +135,19 @@ def stopped(pid: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def within(seconds: float) -> Iterator[None]:
-    """Assert that the block takes no longer."""
+def within(seconds: float, times: list[float] | None = None) -> Iterator[None]:
+    """Assert that the block takes no longer; add what it took to `times`."""
     start = time.monotonic()
     yield
     took = time.monotonic() - start
     assert took < seconds, f"it took {took:.3f} s"
+    if times is not None:
+        times.append(took)
+
+
+def check_median(took: Iterable[float], least: float, most: float) -> None:
+    """Assert that the median of several times lies within bounds: one that a busy machine made long is no proof."""
+    times = sorted(took)
+    assert len(times) >= ROUNDS
+    median = statistics.median(times)
+    assert least <= median < most, f"median {median:.4f} s of {[round(one, 4) for one in times]}"

@@ -1,6 +1,8 @@
 """F3, F4: a process stands still: the peer for too long, the peer for a moment, our own."""
 
+import contextlib
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -13,12 +15,15 @@ from tests.faults.peers import (
     HEADER,
     IDS,
     OF,
+    ROUNDS,
     SLOW_S,
     TO,
     check_delivered,
     check_landed,
+    check_median,
     check_states,
     check_untouched,
+    linked_to,
     post,
     rewrite,
     stopped,
@@ -77,6 +82,27 @@ def test_f03_receiver_stopped(tcp):
         assert type(theirs) is PeerLost
         check_states(theirs, ())
         peer.holds("to", TO.memory())
+
+
+def test_f03_found_after_two_seconds(far):
+    """By endpoints that don't know of each other."""
+    peer = far("peer")
+    with contextlib.ExitStack() as stack:
+        sides = [stack.enter_context(linked_to(peer)) for _ in range(ROUNDS)]
+        for here in sides:
+            here.pool("to", TO)
+            here.recv("t", "to", IDS)
+        workers = stack.enter_context(ThreadPoolExecutor(ROUNDS))
+
+        def seconds(here) -> float:
+            error = here.error("t")
+            assert (type(error), error.cause) == (PeerLost, "heartbeat")
+            return time.monotonic() - start
+
+        start = time.monotonic()
+        with stopped(peer.pid):
+            took = list(workers.map(seconds, sides))
+    check_median(took, DEAD_AFTER_S - 0.3, DEAD_AFTER_S + 0.3)
 
 
 @pytest.mark.parametrize("we_receive", [True, False])

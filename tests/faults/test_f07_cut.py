@@ -8,9 +8,11 @@ from tests.faults.peers import (
     FRAME,
     HEADER,
     IDS,
+    ROUNDS,
     SLOW_S,
     check_delivered,
     check_landed,
+    check_median,
     check_states,
     check_untouched,
     post,
@@ -27,7 +29,7 @@ IN_CHUNK = {
     "before the trailer": HEADER + CHUNK,
     "in the trailer": HEADER + CHUNK + 3,
 }
-
+KNOWN_S = 0.05
 
 EVERY = {
     "header": range(HEADER + 1),
@@ -46,17 +48,19 @@ def test_f07_lane_cut(tcp, how, place):
 @pytest.mark.parametrize("part", EVERY)
 def test_f07_lane_cut_everywhere(tcp, part):
     """The same at every byte of header and trailer, and at each some thousandth of the body; FIN and RST in turn."""
+    took = []
     for n, place in enumerate(EVERY[part]):
-        cut_lane(tcp, "rst" if n % 2 else "fin", place)
+        cut_lane(tcp, "rst" if n % 2 else "fin", place, took)
+    check_median(took, 0, KNOWN_S)
 
 
-def cut_lane(tcp, how, place):
+def cut_lane(tcp, how, place, took=None):
     cut = Fault("lane", "down", 3 * FRAME + place, how)
     with tcp.linked(cut) as rig:
         peer, here = rig.peer, rig.here
         post(peer, here)
         assert cut.reached.wait(20)
-        with within(SLOW_S):
+        with within(SLOW_S, took):
             error, theirs = here.error("t"), peer.error("t")
         assert type(error) is type(theirs) is PeerLost
         assert error.cause == theirs.cause == "reset"
@@ -76,6 +80,13 @@ def cut_lane(tcp, how, place):
 @pytest.mark.parametrize("way", ["up", "down"])
 def test_f07_control_cut(tcp, how, way):
     """The control connection's end, in mid-transfer."""
+    took = []
+    for _ in range(ROUNDS):
+        cut_control(tcp, how, way, took)
+    check_median(took, 0, KNOWN_S)
+
+
+def cut_control(tcp, how, way, took):
     held = Fault("lane", "up", FRAME + HEADER + 99, "hold")
     cut = Fault("control", way, None, how)
     with tcp.linked(held, cut) as rig:
@@ -84,7 +95,7 @@ def test_f07_control_cut(tcp, how, way):
         assert held.reached.wait(20)
         cut.armed.set()  # the next frame is a PING, within 250 ms
         assert cut.reached.wait(20)
-        with within(SLOW_S):
+        with within(SLOW_S, took):
             error, theirs = peer.error("t"), here.error("t")
         assert type(error) is type(theirs) is PeerLost
         assert error.cause == theirs.cause == "reset"
