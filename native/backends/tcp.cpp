@@ -38,6 +38,11 @@ bool TcpPath::reserve_lane(std::uint32_t number) {
     return true;
 }
 
+void TcpPath::give_back_lane(std::uint32_t number) {
+    const std::lock_guard lock(lanes_mutex_);
+    reserved_[number] = false;
+}
+
 void TcpPath::add_lane(Fd fd, std::uint32_t number) {
     const auto host = keep_host_.lock();
     if (!host) {

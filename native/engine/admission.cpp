@@ -266,6 +266,8 @@ void Admission::join(Stranger& stranger) {
     const auto n = ::send(fd.get(), answer.data(), answer.size(), MSG_NOSIGNAL | MSG_DONTWAIT);
     if (welcome && n == static_cast<ssize_t>(answer.size())) {
         path->add_lane(std::move(fd), number);
+    } else if (welcome) {
+        path->give_back_lane(number);  // the dialler doesn't know of its welcome, and tries again
     }
     forget(stranger);
 }
