@@ -1,8 +1,7 @@
 """A worker that can fork a child which keeps all its descriptors, and the side that has such a worker.
 
-`os.fork` runs the handlers of pthread_atfork, and ours close the child's copies of the engine's sockets. A child made by
-the system call alone, as some libraries and all containers' runtimes make theirs, runs none: its copies keep every
-connection of its parent open, when that is dead too.
+`os.fork` runs the handlers of pthread_atfork, and ours close the child's copies of the engine's sockets. A child
+made by the system call alone runs none: its copies keep every connection of its parent open, when that is dead too.
 """
 
 import ctypes
@@ -17,7 +16,8 @@ from kvtransport.testing.worker import main
 
 SYS_CLONE, SYS_PPOLL = {"x86_64": (56, 271), "aarch64": (220, 73)}[platform.machine()]
 LIVES_S = 60  # then it ends by itself, should nobody have lived to kill it
-PYTHON = ctypes.PyDLL(None)  # which keeps the interpreter's lock: no other thread is there in the child to give it back
+# Keeps the interpreter's lock during a call: in the child no other thread is there to give it back.
+PYTHON = ctypes.PyDLL(None)
 
 
 def clone() -> int:

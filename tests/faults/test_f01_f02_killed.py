@@ -1,7 +1,7 @@
 """F1, F2: the peer is killed in mid-transfer, also while a forked child of it lives on.
 
-A child of `os.fork` has closed its copies of the sockets; one of the bare system call keeps them, so that no socket tells
-of the end of its parent: only the parent's pidfd does.
+A child of `os.fork` has closed its copies of the sockets; one of the bare system call keeps them, so that no socket
+tells of the end of its parent: only the parent's pidfd does.
 """
 
 import pytest

@@ -1,7 +1,7 @@
 """F20: socket calls that move less than was asked, are interrupted or would block, in both processes, at random.
 
-Signals reach none of the engine's threads, which block them, and loopback seldom moves less than was asked; so a shim does
-both (`shims/sockets.c`, which says what it does and why nothing of it is more than a kernel may do).
+Signals reach none of the engine's threads, which block them, and loopback seldom moves less than was asked; so a shim
+does both (`shims/sockets.c`, which says what it does and why nothing of it is more than a kernel may do).
 """
 
 import numpy as np
@@ -19,6 +19,7 @@ SIZES = (
     Blocks(3, (1 << 20) + 13, gap=51),
 )
 MESSAGES = (b"", b"a", bytes(range(256)) * 300)
+ENOUGH, MOST_ROUNDS = 5, 20
 
 
 @pytest.fixture
@@ -41,20 +42,22 @@ def connected(far, counts, seed, **config):
 @pytest.mark.parametrize("seed", [1, 2])
 @pytest.mark.parametrize("protection", ["plain", "digest"])
 def test_f20_no_byte_is_lost(far, counts, protection, seed):
-    ours, theirs = connected(far, counts, seed, protection=protection)
-    for source, destination in ((ours, theirs), (theirs, ours)):
-        for n, of in enumerate(SIZES):
-            moves(source, destination, f"{source.name} {n}", of)
-        for n, data in enumerate(MESSAGES):
-            source.message(f"message {n}", data)
-        assert destination.messages(len(MESSAGES)) == list(MESSAGES)
+    """Transfers both ways until every call has met with everything some times."""
+    ours, theirs = connected(far, counts, seed, protection=protection, chunk_nbytes=65536)
+    table = counts[:-2].reshape(len(CALLS), len(DEEDS))
+    for n in range(MOST_ROUNDS):
+        for source, destination in ((ours, theirs), (theirs, ours)):
+            for size, of in enumerate(SIZES):
+                moves(source, destination, f"{source.name} {n} {size}", of)
+            for at, data in enumerate(MESSAGES):
+                source.message(f"message {n} {at}", data)
+            assert destination.messages(len(MESSAGES)) == list(MESSAGES)
+        if (table >= ENOUGH).all():
+            break
     assert {side.call("connection_state") for side in (ours, theirs)} == {"open"}
-    *done, accepts, edges = counts.tolist()
-    table = np.array(done).reshape(len(CALLS), len(DEEDS))
     seen = dict(zip(CALLS, [dict(zip(DEEDS, row, strict=True)) for row in table.tolist()], strict=True))
-    assert (table > 0).all(), f"the shim stood beside the calls that are used: {seen}"
-    assert edges > 0
-    assert accepts >= 0
+    assert (table >= ENOUGH).all(), f"the shim stood beside the calls that are used: {seen}"
+    assert counts[-1] > 0, "no edge had to be made: the lanes aren't edge-triggered any more"
 
 
 def moves(source, destination, key, of):
@@ -64,7 +67,9 @@ def moves(source, destination, key, of):
     ids = range(of.count)
     destination.recv(key, key, ids)
     source.send(key, key, ids[::-1])
-    assert destination.result(key)["nbytes"] == source.result(key)["nbytes"] == of.layers * of.count * of.nbytes
+    assert (
+        source.result(key)["nbytes"] == destination.result(key)["nbytes"] == of.layers * of.count * of.nbytes
+    )
     destination.holds(key, to.after(of, ids, ids[::-1]))
     for side in (source, destination):
         side.call("close_pool", name=key)

@@ -1,22 +1,24 @@
-// Preloaded: the wall clock jumps all the time, as if somebody set it: an hour ahead and back, an hour back and ahead,
-// then a step of a second as NTP makes it; each jump after 100 ms by the monotonic clock, that stays as it is. So all
-// processes see the same clock, and nobody has to be told.
+// Preloaded: the wall clock jumps, as if somebody set it, ten times a second: by an hour ahead each time, or by an hour
+// back where KVT_SHIM_CLOCK is "back". When is a matter of the monotonic clock, that stays as it is: so all processes
+// see the same clock, and nobody has to be told.
 //
-// Waits until a time of the wall clock wait for that clock: they end early or late as they would if it were set.
-// Which clock a pthread_cond_timedwait means isn't in its arguments; its time tells: the monotonic clock counts from
-// the start of the machine, and isn't beyond the year 2001 of the other one.
+// Waits until a time of the wall clock wait for that clock: ahead they end early, back they never end, as they would
+// if it were set. Which clock a pthread_cond_timedwait means isn't in its arguments; its time tells: the monotonic
+// clock counts from the start of the machine, and the wall clock is beyond 2001.
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
 #include <pthread.h>
 #include <semaphore.h>
 #include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
 #include <sys/time.h>
 #include <time.h>
 
 static const int64_t SECOND = 1000000000, STEP = 100000000, WALL_FROM = 1000000000;
-static const int64_t SECONDS_AHEAD[] = {0, 3600, 0, -3600, 1};
-enum { STEPS = sizeof SECONDS_AHEAD / sizeof SECONDS_AHEAD[0] };
+static const int64_t STEPS = 1000;  // then it is as it was: it must not leave our century
+static int64_t jump = 3600;
 
 static int (*real_clock_gettime)(clockid_t, struct timespec *);
 static int (*real_cond_timedwait)(pthread_cond_t *, pthread_mutex_t *, const struct timespec *);
@@ -28,6 +30,10 @@ __attribute__((constructor)) static void begin(void) {
     *(void **)&real_cond_timedwait = dlsym(RTLD_NEXT, "pthread_cond_timedwait");
     *(void **)&real_cond_clockwait = dlsym(RTLD_NEXT, "pthread_cond_clockwait");
     *(void **)&real_sem_clockwait = dlsym(RTLD_NEXT, "sem_clockwait");
+    const char *direction = getenv("KVT_SHIM_CLOCK");
+    if (direction != NULL && strcmp(direction, "back") == 0) {
+        jump = -3600;
+    }
 }
 
 static int64_t to_ns(const struct timespec *at) { return at->tv_sec * SECOND + at->tv_nsec; }
@@ -45,7 +51,7 @@ static int64_t real_ns(clockid_t clock) {
 
 static int64_t wall_ns(void) {
     const int64_t step = real_ns(CLOCK_MONOTONIC) / STEP;
-    return real_ns(CLOCK_REALTIME) + SECONDS_AHEAD[step % STEPS] * SECOND;
+    return real_ns(CLOCK_REALTIME) + step % STEPS * jump * SECOND;
 }
 
 static int is_wall(clockid_t clock) { return clock == CLOCK_REALTIME || clock == CLOCK_REALTIME_COARSE; }
