@@ -20,15 +20,25 @@ class Row:
 
     @classmethod
     def at_least(cls, name: str, value: float | None, target: float, unit: str = "x") -> Row:
-        shown = "not measured" if value is None else f"{value:.2f} {unit}"
+        shown = _shown(value, target, unit)
         return cls(name, shown, f">= {target:g} {unit}", None if value is None else value >= target)
 
     @classmethod
     def at_most(cls, name: str, value: float | None, target: float, unit: str = "x") -> Row:
-        shown = "not measured" if value is None else f"{value:.2f} {unit}"
+        shown = _shown(value, target, unit)
         return cls(name, shown, f"<= {target:g} {unit}", None if value is None else value <= target)
 
     @classmethod
     def failed(cls, name: str, error: str) -> Row:
         """A row whose program failed: an unmet target, not a missing one."""
         return cls(name, f"failed: {error.splitlines()[0][:90]}", "", False, broken=True)
+
+
+def _shown(value: float | None, target: float, unit: str) -> str:
+    """Two decimals, more where rounding would hide on which side of the target it is."""
+    if value is None:
+        return "not measured"
+    digits = 2
+    while digits < 6 and value != target and round(value, digits) == target:
+        digits += 1
+    return f"{value:.{digits}f} {unit}"

@@ -4,7 +4,7 @@
     python examples/prefill_decode.py --model DIR        any local transformers model with full attention
     python examples/prefill_decode.py --kill-prefill     SIGKILL to prefill in mid-transfer, and what then
 
-or the two processes in two terminals of your own, either one first:
+or the two processes in two terminals of your own, either one first, within --timeout seconds of one another:
 
     python examples/prefill_decode.py decode --listen 127.0.0.1:7001
     python examples/prefill_decode.py prefill --connect 127.0.0.1:7001
@@ -23,6 +23,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 # What the parent looks for in its children's lines.
 LISTENING = "listening on "
@@ -51,6 +52,8 @@ def parse_options() -> argparse.Namespace:
     options = parser.parse_args()
     if options.role == "prefill" and options.connect is None:
         parser.error("prefill needs --connect")
+    if options.model is not None and not Path(options.model).is_dir():
+        parser.error(f"--model {options.model}: no such directory")
     return options
 
 

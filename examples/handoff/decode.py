@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import kvtransport as kvt
-from handoff.agreement import Inbox, layout_of, megabytes, say
+from handoff.agreement import Inbox, encode, layout_of, megabytes, say
 from handoff.checks import CheckFailed, block_digests, check_blocks, check_differs, check_equal, same_bytes
 from handoff.controls import controls
 from handoff.model import STEPS, Batch, Generation, decode, kv_shape, load_model, prefill, reference
@@ -36,6 +36,7 @@ def run(endpoint: kvt.Endpoint, options: argparse.Namespace) -> None:
 
     with endpoint.register(memory.tensors, layout_of(shape), name="decode-kv") as pool:
         receives = post(connection, pool, memory, options.timeout)
+        connection.send_message(encode("posted")).result(options.timeout)
         try:
             landed_at = watch(receives, shape.num_layers)
             first = confirm(receives, inbox, memory, landed_at)

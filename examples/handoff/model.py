@@ -45,7 +45,10 @@ def load_model(directory: str | None, threads: int) -> Any:
 def kv_shape(model: Any) -> KVShape:
     """The shape of the model's KV cache. This demo pages full attention only: no sliding windows, no MLA."""
     config = model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    # Older configurations, Mistral's among them, have no layer_types and say it by the window alone.
+    slides = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    kind = "sliding_attention" if slides else "full_attention"
+    kinds = set(getattr(config, "layer_types", None) or [kind])
     if kinds != {"full_attention"}:
         raise SystemExit(f"this demo pages full attention only, and the model has {', '.join(sorted(kinds))}")
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads

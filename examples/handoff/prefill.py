@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import kvtransport as kvt
-from handoff.agreement import encode, layout_of, megabytes, say
+from handoff.agreement import Inbox, encode, layout_of, megabytes, say
 from handoff.checks import block_digests
 from handoff.model import Batch, kv_shape, load_model, make_prompts, prefill
 from handoff.paged_cache import PagedCache, PagedMemory
@@ -31,6 +31,9 @@ def run(endpoint: kvt.Endpoint, options: argparse.Namespace) -> None:
             key: connection.send_blocks(pool, ids, key=key, after=gate, meta=str(lengths[key]).encode())
             for key, ids in memory.prompt_ids.items()
         }
+        # Not needed to be right: either side may be first. It makes the demo show layers that arrive while others
+        # are computed, however late decode was started.
+        Inbox(endpoint, options.timeout).take("posted", 1)
         first = compute(model, Batch.of(list(prompts.values())), memory, gate, options.layer_delay)
         computed_at = time.monotonic()
         say(f"computed {sum(lengths.values())} tokens of {len(lengths)} requests")

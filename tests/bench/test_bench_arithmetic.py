@@ -142,3 +142,9 @@ def test_wrong_bytes_fail_the_bench_and_slowness_alone_does_not(row: Row, status
 def test_a_latency_sample_leaves_the_warm_ups_out() -> None:
     sample = Sample.of_latencies(4, [99.0] * LATENCY_WARM_UPS + [1.0, 3.0])
     assert (sample.latencies_us, sample.first_us, sample.seconds) == ([1.0, 3.0], 99.0, 4e-6)
+
+
+def test_rounding_does_not_hide_a_missed_target() -> None:
+    row = Row.at_least("a", 0.7996, 0.8)
+    assert (row.measured, row.met) == ("0.7996 x", False)
+    assert Row.at_most("a", 1.234, 1.2).measured == "1.23 x"

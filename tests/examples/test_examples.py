@@ -119,11 +119,36 @@ def test_prefill_is_killed_in_mid_transfer() -> None:
     assert 0 < landed < total
 
 
-def test_a_failure_is_told_and_counted() -> None:
-    run = finished(DEMO, "--model", "/nonexistent", timeout=100)
+def test_a_failure_is_told_and_counted(tmp_path: Path) -> None:
+    run = finished(DEMO, "--model", str(tmp_path), timeout=100)
     assert run.returncode == 1
     assert run.stdout.splitlines()[-1] == "tokens equal: no"
-    assert "/nonexistent" in run.stdout
+    assert str(tmp_path) in run.stdout
+
+
+def test_a_model_that_is_not_there_is_named() -> None:
+    run = finished(DEMO, "--model", "/nonexistent", timeout=20)
+    assert run.returncode == 2
+    assert "--model /nonexistent: no such directory" in run.stdout
+
+
+@pytest.mark.parametrize(("window", "pages"), [(32, False), (None, True)])
+def test_a_model_with_a_sliding_window_is_refused(window: int | None, pages: bool) -> None:
+    told = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import torch, types; from transformers import MistralConfig; from handoff.model import kv_shape;"
+            f"config = MistralConfig(sliding_window={window});"
+            "print(kv_shape(types.SimpleNamespace(config=config, dtype=torch.float16)))",
+        ],
+        cwd=DEMO.parent,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert (told.returncode == 0) == pages, told.stderr
+    assert pages or "sliding_attention" in told.stderr
 
 
 @pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGINT])
