@@ -16,6 +16,7 @@
 #include "backends/path.hpp"
 #include "base/event_loop.hpp"
 #include "base/fd.hpp"
+#include "protocol/frame_stream.hpp"
 
 namespace kvt::backends {
 
@@ -43,8 +44,7 @@ class TcpControl final : public Pollable, public std::enable_shared_from_this<Tc
   private:
     enum class Read { progress, nothing, dead };
     Read read_frames();
-    bool parse();
-    std::size_t frame_nbytes(std::size_t at);
+    bool receive_next();
     void write_out();
     void set_interest();
 
@@ -54,8 +54,7 @@ class TcpControl final : public Pollable, public std::enable_shared_from_this<Tc
     Fd fd_;
 
     std::mutex rx_mutex_;  // held by whoever reads and acts on frames
-    protocol::Bytes rx_;
-    std::size_t rx_begin_ = 0, rx_end_ = 0;
+    protocol::FrameReader frames_;
 
     std::mutex tx_mutex_;
     std::atomic<bool> tx_again_{false};

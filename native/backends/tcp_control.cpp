@@ -17,8 +17,6 @@ using protocol::Cause;
 
 namespace {
 
-constexpr std::size_t kReadNbytes = 32u << 10;
-
 std::string reset_reason(int error) {
     return std::string("reset: ") + (error == 0 ? "the peer's end was closed" : std::strerror(error));
 }
@@ -71,17 +69,8 @@ void TcpControl::on_events(std::uint32_t events) {
 
 // One read, and every frame that is whole after it.
 TcpControl::Read TcpControl::read_frames() {
-    if (rx_.size() - rx_end_ < kReadNbytes) {
-        if (rx_begin_ == rx_end_) {
-            rx_begin_ = rx_end_ = 0;
-        } else if (rx_begin_ > 0) {
-            std::memmove(rx_.data(), rx_.data() + rx_begin_, rx_end_ - rx_begin_);
-            rx_end_ -= rx_begin_;
-            rx_begin_ = 0;
-        }
-        rx_.resize(std::max(rx_.size(), rx_end_ + kReadNbytes));
-    }
-    const auto n = ::recv(fd_.get(), rx_.data() + rx_end_, rx_.size() - rx_end_, MSG_DONTWAIT);
+    const std::span<std::byte> room = frames_.room();
+    const auto n = ::recv(fd_.get(), room.data(), room.size(), MSG_DONTWAIT);
     if (n < 0 && (errno == EAGAIN || errno == EINTR)) {
         return Read::nothing;
     }
@@ -89,10 +78,10 @@ TcpControl::Read TcpControl::read_frames() {
         host_.lose(Cause::peer_lost, reset_reason(n == 0 ? 0 : errno));
         return Read::dead;
     }
-    rx_end_ += static_cast<std::size_t>(n);
+    frames_.got(static_cast<std::size_t>(n));
     host_.heard();
     try {
-        while (parse()) {
+        while (!host_.is_lost() && receive_next()) {
         }
     } catch (const protocol::Excess& excess) {
         host_.lose(Cause::resource_limit, excess.what());
@@ -101,41 +90,19 @@ TcpControl::Read TcpControl::read_frames() {
         host_.lose(Cause::protocol_error, violation.what());
         return Read::dead;
     }
-    if (rx_begin_ == rx_end_ && rx_.size() > 2 * kReadNbytes) {
-        rx_ = protocol::Bytes();  // a large frame has passed: an idle connection holds no megabyte
-        rx_begin_ = rx_end_ = 0;
-    }
     return host_.is_lost() ? Read::dead : Read::progress;
 }
 
-// The length of the frame at `at`, whose header is whole.
-bool TcpControl::parse() {
-    using protocol::kHeaderNbytes;
-    using protocol::kTrailerNbytes;
-    const std::size_t have = rx_end_ - rx_begin_;
-    if (have < kHeaderNbytes || host_.is_lost()) {
+bool TcpControl::receive_next() {
+    const auto frame = frames_.next();
+    if (!frame) {
         return false;
     }
-    const std::byte* at = rx_.data() + rx_begin_;
-    const protocol::Header header = protocol::decode_header(
-        std::span<const std::byte, kHeaderNbytes>(at, kHeaderNbytes), false);
-    const bool chunk = header.type == protocol::FrameType::chunk;
-    const std::size_t need = kHeaderNbytes + header.body_nbytes + (chunk ? kTrailerNbytes : 0);
-    if (have < need) {
-        if (need > rx_.size() - rx_begin_) {
-            rx_.resize(rx_begin_ + need);
-        }
-        return false;
-    }
-    const std::span<const std::byte> body(at + kHeaderNbytes, header.body_nbytes);
-    if (chunk) {
-        const std::span<const std::byte, kTrailerNbytes> trailer(at + kHeaderNbytes + header.body_nbytes,
-                                                                 kTrailerNbytes);
-        host_.receive_inline(header, body, protocol::decode_trailer(trailer));
+    if (frame->trailer) {
+        host_.receive_inline(frame->header, frame->body, *frame->trailer);
     } else {
-        host_.receive(header, body);
+        host_.receive(frame->header, frame->body);
     }
-    rx_begin_ += need;
     return true;
 }
 

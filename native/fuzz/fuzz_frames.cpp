@@ -13,6 +13,7 @@
 #include "fuzz/mutator.hpp"
 #include "fuzz/peer.hpp"
 #include "fuzz/record.hpp"
+#include "protocol/frame_stream.hpp"
 #include "protocol/session.hpp"
 
 namespace kvt::fuzz {
@@ -79,7 +80,11 @@ class Script {
         if (op.g >= 192) Peer::spoil(frame, op);
         Bytes raw;
         Peer::append(raw, frame);
-        deliver(raw, frame.header.type == FrameType::chunk, mine);
+        if (frame.header.type == FrameType::chunk) {
+            const auto tail = encode_trailer(trailer_of(op));
+            raw.insert(raw.end(), tail.begin(), tail.end());
+        }
+        deliver(raw, mine);
     }
     Frame frame_of(const Op& op) {
         const Record* mine = record(op.a);
@@ -142,27 +147,33 @@ class Script {
         return {header, Bytes(std::min<std::uint64_t>({left, most, 1u + (op.b & 127u) * 128u}))};
     }
 
-    // As backends/tcp_control reads: one whole frame.
-    void deliver(const Bytes& raw, bool, const Op& op) {
+    // As backends/tcp_control reads. One frame, whole: fuzz_stream cuts them.
+    void deliver(std::span<const std::byte> raw, const Op& op) {
         try {
-            const Header header = decode_header(
-                std::span<const std::byte, kHeaderNbytes>(raw.data(), kHeaderNbytes), false);
-            const std::span<const std::byte> body(raw.data() + kHeaderNbytes, header.body_nbytes);
-            demand(body.size() == raw.size() - kHeaderNbytes, "a header's body length isn't the body's");
-            if (header.type != FrameType::chunk) {
-                session_.receive(header, body, now_);
-                demand(session_.outbox().size() <= config_.answers_nbytes + kOursNbytes,
-                       "the outbox grew beyond its bound");
-                if (session_.peer_closed()) lose(Cause::peer_lost);
-                return;
+            while (!raw.empty() && !over_) {
+                const auto room = frames_.room();
+                const std::size_t n = std::min(room.size(), raw.size());
+                std::copy_n(raw.begin(), n, room.begin());
+                frames_.got(n);
+                raw = raw.subspan(n);
+                while (const auto frame = over_ ? std::nullopt : frames_.next()) act(*frame, op);
             }
-            const ChunkTarget target = begin_chunk(header);
-            finish_chunk(target, op);
+            demand(over_ || frames_.empty(), "a header's body length isn't the body's");
         } catch (const Violation&) {
             lose(Cause::protocol_error);
         } catch (const Excess&) {
             lose(Cause::resource_limit);
         }
+    }
+    void act(const ControlFrame& frame, const Op& op) {
+        if (frame.trailer) {
+            finish_chunk(begin_chunk(frame.header), *frame.trailer, op);
+            return;
+        }
+        session_.receive(frame.header, frame.body, now_);
+        demand(session_.outbox().size() <= config_.answers_nbytes + kOursNbytes,
+               "the outbox grew beyond its bound");
+        if (session_.peer_closed()) lose(Cause::peer_lost);
     }
     ChunkTarget begin_chunk(const Header& header) {
         ChunkTarget target = session_.chunk_begin(header, now_);
@@ -177,9 +188,11 @@ class Script {
         }
         return target;
     }
-    void finish_chunk(const ChunkTarget& target, const Op& op) {
-        const Trailer trailer{(op.d & 1) != 0 ? ChunkStatus::aborted : ChunkStatus::ok,
-                              (op.d & 2) != 0 ? DigestKind::none : config_.digest, 0};
+    Trailer trailer_of(const Op& op) const {
+        return {(op.d & 1) != 0 ? ChunkStatus::aborted : ChunkStatus::ok,
+                (op.d & 2) != 0 ? DigestKind::none : config_.digest, 0};
+    }
+    void finish_chunk(const ChunkTarget& target, const Trailer& trailer, const Op& op) {
         const bool verified = (op.d & 4) == 0;
         auto& mine = static_cast<Record&>(*target.transfer);
         if (target.store && !mine.quiet && trailer.status == ChunkStatus::ok && verified)
@@ -356,7 +369,7 @@ class Script {
         const ChunkTarget target = *at;
         targets_.erase(at);
         try {
-            finish_chunk(target, op);
+            finish_chunk(target, trailer_of(op), op);
         } catch (const Violation&) {
             lose(Cause::protocol_error);
         }
@@ -460,6 +473,7 @@ class Script {
     Peer peer_;
     Session session_;
     SessionConfig config_;
+    FrameReader frames_;
     Time now_ = 0;
     bool opened_ = false, lazy_ = false, reads_ = true, over_ = false;
     std::uint64_t messages_sent_ = 0, messages_posted_ = 0, messages_over_ = 0;

@@ -297,10 +297,9 @@ void Machine::read_control() {
     }
     const std::size_t n = random_.chance(70) ? control_in_->readable()
                                              : 1 + random_.below(1 + control_in_->readable());
-    const std::size_t had = rx_.size();
-    rx_.resize(had + n);
-    rx_.resize(had + control_in_->read(rx_.data() + had, n));
-    while (!closed_ && parse_one()) {
+    const std::span<std::byte> room = frames_.room();
+    frames_.got(control_in_->read(room.data(), std::min(n, room.size())));
+    while (!closed_ && receive_next()) {
         if (random_.chance(30)) {
             settle();
         }
@@ -311,34 +310,25 @@ void Machine::read_control() {
     }
 }
 
-bool Machine::parse_one() {
-    if (rx_.size() < kHeaderNbytes) {
-        return false;
-    }
-    Header header;
+bool Machine::receive_next() {
+    bool whole = false;
     guarded([&] {
-        header = decode_header(std::span<const std::byte, kHeaderNbytes>(rx_.data(), kHeaderNbytes), false);
+        const auto frame = frames_.next();
+        if (!frame) {
+            return;
+        }
+        whole = true;
+        const Header& header = frame->header;
+        clock_.trace("%c   reads %s %llu arg %llu flags %u", 'A' + static_cast<int>(index_),
+                     name_of(header.type), static_cast<unsigned long long>(header.transfer),
+                     static_cast<unsigned long long>(header.arg), header.flags);
+        if (frame->trailer) {
+            receive_inline(header, frame->body.data(), *frame->trailer);
+        } else {
+            session_.receive(header, frame->body, clock_.now());
+        }
     });
-    const bool chunk = header.type == FrameType::chunk;
-    const std::size_t need = kHeaderNbytes + header.body_nbytes + (chunk ? kTrailerNbytes : 0);
-    if (rx_.size() < need) {
-        return false;
-    }
-    clock_.trace("%c   reads %s %llu arg %llu flags %u", 'A' + static_cast<int>(index_), name_of(header.type),
-                 static_cast<unsigned long long>(header.transfer),
-                 static_cast<unsigned long long>(header.arg), header.flags);
-    const std::byte* body = rx_.data() + kHeaderNbytes;
-    if (chunk) {
-        guarded([&] {
-            const std::span<const std::byte, kTrailerNbytes> trailer(body + header.body_nbytes,
-                                                                     kTrailerNbytes);
-            receive_inline(header, body, decode_trailer(trailer));
-        });
-    } else {
-        guarded([&] { session_.receive(header, std::span(body, header.body_nbytes), clock_.now()); });
-    }
-    rx_.erase(rx_.begin(), rx_.begin() + static_cast<std::ptrdiff_t>(need));
-    return true;
+    return whole;
 }
 
 void Machine::receive_inline(const Header& header, const std::byte* body, const Trailer& trailer) {
@@ -585,7 +575,7 @@ void Machine::stall(Time until) {
 }
 
 bool Machine::idle() const {
-    return tx_.empty() && rx_.empty() && copiers_ == 0 && control_in_->drained() &&
+    return tx_.empty() && frames_.empty() && copiers_ == 0 && control_in_->drained() &&
            std::all_of(lanes_.begin(), lanes_.end(), [](const auto& lane) {
                return lane->writer.idle() && !lane->reader.in_chunk() && lane->in.drained();
            });

@@ -16,6 +16,7 @@
 
 #include "checker.hpp"
 #include "pipe.hpp"
+#include "protocol/frame_stream.hpp"
 #include "protocol/lane.hpp"
 
 namespace kvt::sim {
@@ -76,7 +77,7 @@ class Machine {
     void put_inline();
     void flush_control();
     void read_control();
-    bool parse_one();
+    bool receive_next();
     void receive_inline(const protocol::Header& header, const std::byte* body,
                         const protocol::Trailer& trailer);
     bool start_chunk(Lane& lane);
@@ -107,7 +108,8 @@ class Machine {
     Machine* peer_ = nullptr;
     Pipe *control_in_ = nullptr, *control_out_ = nullptr;
     std::vector<std::unique_ptr<Lane>> lanes_;
-    protocol::Bytes rx_, tx_;
+    protocol::FrameReader frames_;
+    protocol::Bytes tx_;
     std::size_t tx_at_ = 0;
     bool rogue_ = false, closed_ = false, crashed_ = false, polling_ = false, reading_control_ = false,
          settling_ = false;
