@@ -5,6 +5,7 @@
 
 #include <doctest/doctest.h>
 
+#include <array>
 #include <cstring>
 #include <numeric>
 #include <random>
@@ -162,6 +163,46 @@ std::shared_ptr<Scattered> source_of(std::size_t pieces, std::size_t piece) {
 const auto kAll = [] { return ~std::size_t{0}; };
 const auto kOne = [] { return std::size_t{1}; };
 
+// A short lane of three chunks.
+struct Chunks {
+    static constexpr std::array<std::uint64_t, 4> kCuts = {0, 1, 31, 50};
+
+    Chunks(DigestKind digest_kind, std::size_t piece)
+        : digest(digest_kind), source(source_of(50 / piece, piece)) {
+        Host host;
+        Buffers buffers;
+        LaneWriter writer(host, digest);
+        for (std::size_t i = 1; i < kCuts.size(); ++i) {
+            writer.start(job_of(source, kCuts[i - 1], kCuts[i]));
+            const Bytes chunk = write(writer, buffers.staging(), kAll);
+            stream.insert(stream.end(), chunk.begin(), chunk.end());
+            ends.push_back(stream.size());
+        }
+    }
+    Bytes part(std::size_t begin, std::size_t end) const {
+        return Bytes(stream.begin() + static_cast<long>(begin), stream.begin() + static_cast<long>(end));
+    }
+    // Whether all of it arrives as it was sent, cut there.
+    bool arrive(std::array<std::size_t, 2> cuts, bool ring) const {
+        Host host;
+        Buffers buffers;
+        host.into = std::make_shared<Scattered>(10, 5, 2);
+        LaneReader reader(host, digest);
+        read(reader, part(0, cuts[0]), buffers.staging(ring), kAll);
+        read(reader, part(cuts[0], cuts[1]), buffers.staging(ring), kAll);
+        read(reader, part(cuts[1], stream.size()), buffers.staging(ring), kAll);
+        std::vector<Ended> expected;
+        for (std::size_t i = 0; i + 1 < kCuts.size(); ++i)
+            expected.push_back({kCuts[i], true, true, ChunkStatus::ok});
+        return host.ended == expected && host.into->stream() == source->stream() && host.into->guards_hold();
+    }
+
+    DigestKind digest;
+    std::shared_ptr<Scattered> source;
+    Bytes stream;
+    std::vector<std::size_t> ends;
+};
+
 }  // namespace
 
 TEST_CASE("any split, any staging, with and without digests: the same bytes and events") {
@@ -197,6 +238,68 @@ TEST_CASE("any split, any staging, with and without digests: the same bytes and 
                     CHECK(host.ended[i] == Ended{cuts[i], true, true, ChunkStatus::ok});
                 CHECK(host.left == std::vector<std::pair<bool, bool>>(5, {true, true}));
             }
+        }
+    }
+}
+
+TEST_CASE("split once and split twice, anywhere") {
+    for (const auto digest : {DigestKind::none, DigestKind::crc32c}) {
+        for (const bool ring : {false, true}) {
+            const Chunks chunks(digest, 5);
+            for (std::size_t first = 1; first < chunks.stream.size(); ++first) {
+                for (std::size_t second = first; second < chunks.stream.size(); ++second) {
+                    if (!chunks.arrive({first, second}, ring)) FAIL_CHECK(first, " ", second);
+                }
+            }
+        }
+    }
+}
+
+TEST_CASE("a lane that ends early has ended what was whole, and stored no more than came") {
+    const Chunks chunks(DigestKind::crc32c, 5);
+    for (std::size_t n = 0; n < chunks.stream.size(); ++n) {
+        CAPTURE(n);
+        for (const bool bytewise : {false, true}) {
+            Host host;
+            Buffers buffers;
+            host.into = std::make_shared<Scattered>(10, 5, 2);
+            LaneReader reader(host, DigestKind::crc32c);
+            const auto step = [&] { return bytewise ? kOne() : kAll(); };
+            read(reader, chunks.part(0, n), buffers.staging(n % 2 == 0), step);
+            std::size_t whole = 0, begun = 0, stored = 0;
+            for (std::size_t i = 0; i + 1 < Chunks::kCuts.size(); ++i) {
+                whole += n >= chunks.ends[i] ? 1 : 0;
+                const std::size_t at = i == 0 ? 0 : chunks.ends[i - 1];
+                begun += n >= at + kHeaderNbytes ? 1 : 0;
+                if (n > at + kHeaderNbytes)
+                    stored += std::min<std::size_t>(n - at - kHeaderNbytes,
+                                                    Chunks::kCuts[i + 1] - Chunks::kCuts[i]);
+            }
+            CHECK(host.ended.size() == whole);
+            CHECK(host.begun.size() == begun);
+            const Bytes landed = host.into->stream(), sent = chunks.source->stream();
+            CHECK(std::equal(landed.begin(), landed.begin() + static_cast<long>(stored), sent.begin()));
+            CHECK(std::all_of(landed.begin() + static_cast<long>(stored), landed.end(),
+                              [](std::byte b) { return b == std::byte{0xee}; }));
+        }
+    }
+}
+
+TEST_CASE("a bad byte anywhere in a header, split anywhere before: nothing of it is begun") {
+    const Chunks chunks(DigestKind::crc32c, 5);
+    for (std::size_t at = chunks.ends[0]; at < chunks.ends[0] + kHeaderNbytes; ++at) {
+        for (std::size_t cut = 1; cut < chunks.ends[0] + kHeaderNbytes; ++cut) {
+            Bytes bent = chunks.stream;
+            bent[at] ^= std::byte{0x10};
+            Host host;
+            Buffers buffers;
+            host.into = std::make_shared<Scattered>(10, 5, 2);
+            LaneReader reader(host, DigestKind::crc32c);
+            const auto edge = bent.begin() + static_cast<long>(cut);
+            read(reader, Bytes(bent.begin(), edge), buffers.staging(), kAll);
+            CHECK_THROWS_AS(read(reader, Bytes(edge, bent.end()), buffers.staging(), kAll), Violation);
+            CHECK(host.begun == std::vector<std::uint64_t>{0});
+            CHECK(host.ended.size() == 1);
         }
     }
 }

@@ -93,16 +93,23 @@ class Hostile:
 
 
 def header(
-    kind: int, body_nbytes: int = 0, *, flags=0, transfer=0, offset=0, total=0, arg=0, rest=b""
+    kind: int, body_nbytes: int = 0, *, flags=0, attempt=0, transfer=0, offset=0, total=0, arg=0, rest=b""
 ) -> bytes:
     """Return a header with its true CRC. rest: instead of the 20 reserved bytes."""
-    raw = struct.pack("<BBHIQQQQ20s", kind, flags, 0, body_nbytes, transfer, offset, total, arg, rest)
+    raw = struct.pack("<BBHIQQQQ20s", kind, flags, attempt, body_nbytes, transfer, offset, total, arg, rest)
     return raw + struct.pack("<I", crc32c(raw))
 
 
 def frame(kind: int, body: bytes = b"", **fields) -> bytes:
     """Return a whole frame."""
     return header(kind, len(body), **fields) + body
+
+
+def chunk(transfer: int, offset: int, body: bytes, total: int) -> bytes:
+    """Return a CHUNK with its trailer, its true digest in it."""
+    seed = crc32c(struct.pack("<QQQI", transfer, offset, len(body), 1))
+    trailer = b"\1\1\0\0" + struct.pack("<I", crc32c(body, seed)) + bytes(8)
+    return frame(CHUNK, body, attempt=1, transfer=transfer, offset=offset, total=total) + trailer
 
 
 def text(value: bytes) -> bytes:
