@@ -144,7 +144,8 @@ def unread(sock: socket.socket) -> int:
 
 @pytest.fixture(scope="module")
 def listening() -> Iterator[tuple[kvt.Endpoint, str]]:
-    with kvt.Endpoint(kvt.Config(backends=("tcp",))) as endpoint:
+    config = kvt.Config(backends=("tcp",), dead_after_s=LIMIT_S)  # the peer sends no PING by itself
+    with kvt.Endpoint(config) as endpoint:
         yield endpoint, endpoint.listen("127.0.0.1:0")
 
 
