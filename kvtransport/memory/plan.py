@@ -25,6 +25,10 @@ GroupTuple: TypeAlias = tuple[str, int, int, bool, str, str, str, int]
 
 MAX_BLOCKS = 1 << 32
 """Block ids have 32 bits on the wire."""
+MAX_LAYERS = 1024
+"""Of one pool, on the wire; the native shape checks it for every pool."""
+MAX_NAME_NBYTES = 255
+"""Of a pool's, group's or layer's name in UTF-8, on the wire; as the one before."""
 
 _BIT_CARRIERS = frozenset(("uint8", "int8", "void8", "uint16", "int16", "void16"))
 

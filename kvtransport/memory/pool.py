@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from kvtransport.errors import LocalProtocolError, WaitTimeout
 from kvtransport.memory.allocation import HostMemory, LayerArray, layer_arrays
 from kvtransport.memory.layout import BlockLayout, LayerGroup
-from kvtransport.memory.plan import Group, PoolPlan, describe
+from kvtransport.memory.plan import MAX_LAYERS, MAX_NAME_NBYTES, Group, PoolPlan, describe
 from kvtransport.memory.region import Watch
 from kvtransport.types import Heads, LayerName
 
@@ -160,7 +160,8 @@ def register(
 ) -> BlockPool:
     """Make a pool of a user's tensors; for Endpoint.register.
 
-    tensors, layout, groups: see `plan.describe`. Read-only arrays make a pool that is a source only.
+    tensors, layout, groups: see `plan.describe`. Read-only arrays make a pool that is a source only. At most
+    1,024 layers, and 255 bytes of UTF-8 in the name of the pool, of each group and of each layer.
 
     TypeError, ValueError: the tensors don't fit the layout, or aren't arrays. BackendUnavailable: GPU memory.
     """
@@ -195,6 +196,8 @@ def allocate(
         or (num_layers is None and layer_names is None)
     ):
         raise TypeError("allocate needs layout, num_layers and num_blocks, or nbytes alone")
+    if num_layers is not None and num_layers > MAX_LAYERS:  # before there is memory for each
+        raise ValueError(f"num_layers is {num_layers}, the most is {MAX_LAYERS}: allocate several pools")
     names = list(layer_names) if layer_names is not None else [f"layer{i}" for i in range(num_layers or 0)]
     if num_layers is not None and num_layers != len(names):
         raise ValueError(
@@ -219,6 +222,8 @@ def _pool(
 
     if name is not None and (not isinstance(name, str) or not name):
         raise ValueError(f"name is {name!r}, not a pool's name; leave it out, or give a str")
+    if name is not None and len(name.encode()) > MAX_NAME_NBYTES:
+        raise ValueError(f"name has {len(name.encode())} bytes in UTF-8, the most is {MAX_NAME_NBYTES}")
     native = _native.Pool(
         engine,
         name,

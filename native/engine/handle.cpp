@@ -6,6 +6,10 @@
 
 namespace kvt::engine {
 
+// A pool that exists can be announced.
+static_assert(memory::kMaxGroups <= protocol::kMaxGroups && memory::kMaxLayers <= protocol::kMaxLayers &&
+              memory::kMaxNameNbytes <= protocol::kMaxNameNbytes);
+
 TransferHandle::TransferHandle(std::shared_ptr<Connection> connection, std::shared_ptr<Pool> block_pool,
                                std::shared_ptr<const memory::StreamPlan> plan)
     : connection_(std::move(connection)), block_pool_(std::move(block_pool)), plan_(std::move(plan)) {
@@ -66,11 +70,12 @@ void TransferHandle::snapshot(const std::string& backend) {
             sealed.push_back({range.begin, range.end});
         }
         result.block_outcomes = plan_->outcome(sealed);
+        // A peer chooses how many these are, and the session's lock is held: the ids are listed once.
+        std::vector<memory::StreamRange> failed;
         for (const protocol::Range& range : corrupt.ranges()) {
-            for (auto& blocks : plan_->blocks_touching(range.begin, range.end)) {
-                result.corrupt.push_back(std::move(blocks));
-            }
+            failed.push_back({range.begin, range.end});
         }
+        result.corrupt = plan_->blocks_touching(failed);
     }
 }
 

@@ -43,9 +43,9 @@ class StreamPlan::Marks {
     std::vector<std::vector<bool>> touched_;
 };
 
-std::vector<GroupBlocks> StreamPlan::blocks_touching(std::uint64_t begin, std::uint64_t end) const {
+std::vector<GroupBlocks> StreamPlan::blocks_touching(const std::vector<StreamRange>& ranges) const {
     Marks marks(*this);
-    if (begin < end) marks.touch(begin, end);
+    for (const StreamRange& range : ranges) marks.touch(range.begin, range.end);
     std::vector<GroupBlocks> found;
     for (std::uint32_t g = 0; g < ids_by_group_.size(); ++g) {
         GroupBlocks blocks{shape_->groups()[g].name, {}};
@@ -77,24 +77,6 @@ std::vector<BlockOutcome> StreamPlan::outcome(const std::vector<StreamRange>& ve
         outcomes.push_back(std::move(of));
     }
     return outcomes;
-}
-
-bool StreamPlan::piece_sealed(std::size_t i, std::uint64_t position,
-                              const std::vector<StreamRange>& verified) const {
-    const StreamRange range = piece(i, position);
-    return covered(verified, range.begin, range.end);
-}
-
-bool StreamPlan::layer_sealed(std::size_t i, const std::vector<StreamRange>& verified) const {
-    return covered(verified, layer_begin(i), layer_end(i));
-}
-
-bool covered(const std::vector<StreamRange>& sorted, std::uint64_t begin, std::uint64_t end) {
-    auto next = std::partition_point(sorted.begin(), sorted.end(),
-                                     [=](const StreamRange& r) { return r.end <= begin; });
-    for (; begin < end; begin = next++->end)
-        if (next == sorted.end() || next->begin > begin) return false;
-    return true;
 }
 
 }  // namespace kvt::memory

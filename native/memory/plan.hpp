@@ -87,14 +87,13 @@ class StreamPlan {
     // The same ids and heads, other layers or another order of them.
     StreamPlan reordered(const std::vector<std::uint32_t>& layers) const;
 
-    // The blocks that have a byte in [begin, end), by group; groups without one are left out.
-    std::vector<GroupBlocks> blocks_touching(std::uint64_t begin, std::uint64_t end) const;
+    // The blocks that have a byte in any of the ranges, by group, each id once; groups without one are left
+    // out. Goes through the ids once, however many ranges there are.
+    std::vector<GroupBlocks> blocks_touching(const std::vector<StreamRange>& ranges) const;
 
     // What the verified ranges (sorted, none overlapping another; they may touch) make of every block, by
     // group.
     std::vector<BlockOutcome> outcome(const std::vector<StreamRange>& verified) const;
-    bool piece_sealed(std::size_t i, std::uint64_t position, const std::vector<StreamRange>& verified) const;
-    bool layer_sealed(std::size_t i, const std::vector<StreamRange>& verified) const;
 
   private:
     struct Row {  // one layer of the stream
@@ -122,8 +121,5 @@ class StreamPlan {
     std::vector<Row> rows_;
     std::uint64_t nbytes_ = 0, pieces_ = 0, blocks_ = 0;
 };
-
-// Whether sorted ranges, none overlapping another, cover all of [begin, end).
-bool covered(const std::vector<StreamRange>& sorted, std::uint64_t begin, std::uint64_t end);
 
 }  // namespace kvt::memory

@@ -10,7 +10,7 @@
 namespace kvt::memory {
 namespace {
 
-// A peer may name slices of heads, so what the cache keeps is bounded; then it starts anew.
+// A user may name many slices of heads over time, so what the cache keeps is bounded; then it starts anew.
 constexpr std::uint64_t kMaxCachedSegments = 1u << 20;
 
 // The axes that remain of a part when heads are sliced and its contiguous inside is taken as one run.

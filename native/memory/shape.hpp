@@ -21,6 +21,10 @@ namespace kvt::memory {
 
 inline constexpr std::uint64_t kMaxSegments = 65'536;  // contiguous segments of one piece
 
+// What a peer can be told of a pool (docs/reference/wire.md).
+inline constexpr std::size_t kMaxGroups = 1024, kMaxLayers = 1024;
+inline constexpr std::size_t kMaxNameNbytes = 255;  // of a group or layer, in UTF-8
+
 // `count` items, `stride` bytes from each to the next (may be negative).
 struct Axis {
     std::uint64_t count;

@@ -80,10 +80,27 @@ void check_part(const Part& part, const Group& group) {
     check_no_overlap(part);
 }
 
+// The start of the name tells which it is, cut where a character starts.
+void check_name(const char* of_what, const std::string& name) {
+    if (name.size() <= kMaxNameNbytes) return;
+    std::size_t shown = 32;
+    while (shown > 28 && (static_cast<unsigned char>(name[shown]) & 0xc0u) == 0x80u) --shown;
+    refuse(std::string(of_what) + " '" + name.substr(0, shown) + "...' has a name of " +
+           std::to_string(name.size()) + " bytes in UTF-8, the most is " + std::to_string(kMaxNameNbytes));
+}
+
+void check_count(const char* of_what, std::size_t count, std::size_t most) {
+    if (count > most)
+        refuse("a pool of " + std::to_string(count) + " " + of_what + ", the most is " +
+               std::to_string(most) + ": register several pools");
+}
+
 void check_groups(const std::vector<Group>& groups) {
     if (groups.empty()) refuse("a pool needs a group");
+    check_count("groups", groups.size(), kMaxGroups);
     std::set<std::string> names;
     for (const Group& group : groups) {
+        check_name("group", group.name);
         if (!names.insert(group.name).second) refuse("two groups are named '" + group.name + "'");
         if (group.num_blocks == 0) refuse("group '" + group.name + "' has no blocks");
         if (group.num_blocks > kMaxBlocks) refuse("group '" + group.name + "' has more than 2^32 blocks");
@@ -106,9 +123,10 @@ void check_layer(const Layer& layer, const std::vector<Group>& groups) {
 void check_shape(const std::vector<Group>& groups, const std::vector<Layer>& layers, bool named) {
     check_groups(groups);
     if (layers.empty()) refuse("a pool needs a layer");
-    if (layers.size() > kMaxCount - 1) refuse("a pool has more than 2^32 - 1 layers");
+    check_count("layers", layers.size(), kMaxLayers);
     std::set<std::string> names;
     for (std::uint32_t i = 0; i < layers.size(); ++i) {
+        check_name("layer", layers[i].name);
         if (named && !names.insert(layers[i].name).second)
             refuse("two layers are named '" + layers[i].name + "'");
         try {

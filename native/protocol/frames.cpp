@@ -10,10 +10,6 @@ namespace kvt::protocol {
 
 namespace {
 
-constexpr std::size_t kMaxNameNbytes = 255;
-constexpr std::size_t kMaxGroups = 1024;
-constexpr std::size_t kMaxLayers = 1024;  // regions of a peer, faults.md rule 9
-
 struct Rule {
     FrameType type;
     std::uint8_t flags;         // those that may be set
@@ -86,6 +82,21 @@ std::string read_key(Reader& in) {
         throw Violation("a transfer's key is empty");
     }
     return key;
+}
+
+// As much of a text as a reason may have, and no half of a UTF-8 character at its end.
+std::string_view cut(std::string_view text) {
+    if (text.size() <= kMaxReasonNbytes) {
+        return text;
+    }
+    const auto continues = [&](std::size_t at) {
+        return (static_cast<unsigned char>(text[at]) & 0xc0u) == 0x80u;
+    };
+    std::size_t end = kMaxReasonNbytes;
+    while (end > kMaxReasonNbytes - 3 && continues(end)) {
+        --end;
+    }
+    return text.substr(0, end);
 }
 
 }  // namespace
@@ -245,9 +256,9 @@ Bytes encode_abort(const AbortBody& body) {
     Bytes out;
     Writer writer(out);
     writer.integer(static_cast<std::uint32_t>(body.code));
-    writer.text(std::string_view(body.reason).substr(0, kMaxReasonNbytes));
-    for (const std::string* text : {&body.mismatch.path, &body.mismatch.ours, &body.mismatch.theirs}) {
-        writer.text(std::string_view(*text).substr(0, kMaxReasonNbytes));
+    for (const std::string* text :
+         {&body.reason, &body.mismatch.path, &body.mismatch.ours, &body.mismatch.theirs}) {
+        writer.text(cut(*text));
     }
     return out;
 }
@@ -348,8 +359,10 @@ std::vector<std::uint32_t> decode_released(std::span<const std::byte> raw) {
 void append_frame(Bytes& out, Header header, std::span<const std::byte> body) {
     header.body_nbytes = static_cast<std::uint32_t>(body.size());
     const auto raw = encode_header(header);
-    out.insert(out.end(), raw.begin(), raw.end());
-    out.insert(out.end(), body.begin(), body.end());
+    const std::size_t at = out.size();
+    out.resize(at + raw.size() + body.size());  // at once: no memory for it leaves no half of a frame
+    std::copy(raw.begin(), raw.end(), out.begin() + static_cast<std::ptrdiff_t>(at));
+    std::copy(body.begin(), body.end(), out.begin() + static_cast<std::ptrdiff_t>(at + raw.size()));
 }
 
 }  // namespace kvt::protocol

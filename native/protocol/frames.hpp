@@ -29,6 +29,9 @@ inline constexpr std::size_t kMaxMetaNbytes = 4096;
 inline constexpr std::size_t kMaxReasonNbytes = 1024;
 inline constexpr std::size_t kMaxLocationNbytes = 4096;
 inline constexpr std::size_t kMaxRanges = 4096;
+inline constexpr std::size_t kMaxNameNbytes = 255;  // of a pool, group or layer
+inline constexpr std::size_t kMaxGroups = 1024;     // of a pool
+inline constexpr std::size_t kMaxLayers = 1024;     // of a pool
 
 enum class FrameType : std::uint8_t {
     pool = 1,
@@ -123,9 +126,6 @@ struct AbortBody {
     AbortCode code{};
     std::string reason;
     Mismatch mismatch;  // set for layout_mismatch, as the teller sees it
-};
-struct PoolBody {
-    PoolTerms pool;
 };
 
 Bytes encode_offer(const OfferBody& body);

@@ -61,7 +61,8 @@ struct Side {
     const Terms* terms = nullptr;
 };
 
-/// Bytes of the stream that the terms describe. Throws std::overflow_error beyond 2^63.
+/// Bytes of the stream that the terms describe. They must have passed check_terms(): their sum then can't
+/// wrap.
 std::uint64_t stream_nbytes(const PoolTerms& pool, const Terms& terms);
 /// Checks indexes and counts against the pool; returns an empty string or what is wrong.
 std::string check_terms(const PoolTerms& pool, const Terms& terms);

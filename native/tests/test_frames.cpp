@@ -176,6 +176,25 @@ TEST_CASE("bodies: round trips, and every other length is refused") {
     CHECK(decode_released(released) == std::vector<std::uint32_t>{3, 1});
 }
 
+TEST_CASE("a reason that is too long ends with a whole character") {
+    const auto cut = [](const std::string& reason) {
+        const Bytes raw = encode_abort({AbortCode::layout_mismatch, reason, {"dtype", reason, ""}});
+        const AbortBody read = decode_abort(raw);
+        CHECK(read.mismatch.ours == read.reason);
+        return read.reason.size();
+    };
+    CHECK(cut(std::string(1024, 'x')) == 1024);
+    for (const std::string character : {"\u00e9", "\u20ac", "\U0001f511"}) {
+        for (std::size_t before = 0; before < 8; ++before) {
+            std::string reason(before, 'x');
+            while (reason.size() <= 1030) reason += character;
+            const std::size_t fit = (1024 - before) / character.size() * character.size() + before;
+            CHECK(cut(reason) == fit);
+        }
+    }
+    CHECK(cut(std::string(2000, '\x80')) > 1000);  // bytes that are no UTF-8
+}
+
 TEST_CASE("bodies: values out of bounds") {
     CHECK_THROWS_AS(decode_want(encode_want({"", "", some_terms(), {}})), Violation);
     CHECK_THROWS_AS(decode_want(encode_want({std::string(256, 'k'), "", some_terms(), {}})), Violation);

@@ -242,3 +242,30 @@ TEST_CASE("random shapes against a walk over every byte") {
         }
     }
 }
+
+TEST_CASE("what a peer can't be told of a pool is no shape") {
+    const auto refusal = [](std::size_t groups, std::size_t layers, std::string group, std::string layer) {
+        std::vector<Group> all;
+        for (std::size_t i = 0; i < groups; ++i) {
+            all.push_back({group + std::to_string(i), 4, 0, true, "", "", "", 0});
+        }
+        const Part part{0x1000, 64, {}, 64, -1};
+        std::vector<Layer> of(layers, Layer{"", 0, {part}});
+        of[0].name = std::move(layer);
+        try {
+            PoolShape(std::move(all), std::move(of), false);
+        } catch (const std::invalid_argument& error) {
+            return std::string(error.what());
+        }
+        return std::string();
+    };
+    CHECK(refusal(1024, 1024, std::string(251, 'g'), std::string(255, 'n')).empty());
+    CHECK(refusal(1, 1025, "g", "n").find("1025 layers, the most is 1024") != std::string::npos);
+    CHECK(refusal(1025, 1, "g", "n").find("1025 groups, the most is 1024") != std::string::npos);
+    CHECK(refusal(1, 1, std::string(255, 'g'), "n").find("256 bytes") != std::string::npos);
+    CHECK(refusal(1, 1, "g", std::string(256, 'n')).find("layer 'nnn") != std::string::npos);
+    std::string euros;  // the message isn't cut within one
+    for (int i = 0; i < 100; ++i) euros += "\u20ac";
+    CHECK(refusal(1, 1, "g", euros).find(euros.substr(0, 30) + "...' has a name of 300 bytes") !=
+          std::string::npos);
+}
