@@ -9,6 +9,12 @@ namespace {
 // Ended destinations that wait for the source's last word; beyond, new posts wait here.
 constexpr std::size_t kTombstonesPerUnmatched = 4;
 
+// Of the memory that we may take at the peer: a half for pools, a quarter for what is told first, and with
+// the answers to OFFERs a half.
+constexpr std::size_t kPoolsShare = 2;
+constexpr std::size_t kToldShare = 4;
+constexpr std::size_t kAnsweredShare = 2;
+
 // What the peer is told where the user gave no reason.
 const char* reason_for(Cause cause) noexcept {
     switch (cause) {
@@ -61,11 +67,12 @@ void Session::ping(Time) { send(FrameType::ping, 0, 0, 0, 0); }
 void Session::say_close(CloseCode code) { send(FrameType::close, 0, 0, 0, static_cast<std::uint64_t>(code)); }
 
 void Session::announce(std::uint64_t pool_id, const PoolTerms& pool) {
-    if (announced_.insert(pool_id).second) {
+    if (!announced_.contains(pool_id)) {
         Header header;
         header.type = FrameType::pool;
         header.transfer = pool_id;
         send(header, encode_pool(pool));
+        announced_.insert(pool_id);
     }
 }
 
@@ -83,13 +90,21 @@ void Session::take_regions(const Transfer& transfer) {
                      std::to_string(used_regions_) +
                      ": close pools that are no longer used, or raise max_regions at the peer");
     }
-    used_pools_.emplace(transfer.terms.pool, regions);
+    const std::size_t charge = charge_of_pool(*transfer.pool, encode_pool(*transfer.pool).size());
+    if (used_charge_ + charge > config_.peer_state_nbytes / kPoolsShare) {
+        throw Excess(
+            "the names of this pool's layers and groups, and of other pools that were used on this "
+            "connection, take more than the peer keeps of them: close pools that are no longer used");
+    }
+    used_pools_.emplace(transfer.terms.pool, OwnPool{regions, charge});
     used_regions_ += regions;
+    used_charge_ += charge;
 }
 
 void Session::forget_pool(std::uint64_t pool_id) {
     if (const auto used = used_pools_.find(pool_id); used != used_pools_.end()) {
-        used_regions_ -= used->second;
+        used_regions_ -= used->second.regions;
+        used_charge_ -= used->second.charge;
         used_pools_.erase(used);
     }
     if (announced_.erase(pool_id) != 0) {
@@ -119,7 +134,6 @@ void Session::send_abort(const Transfer& transfer) {
 void Session::open(SessionConfig config, Time now) {
     config_ = config;
     opened_ = true;
-    heard_at_ = spoke_at_ = now;
     for (const TransferPtr& transfer : waiting_posts()) {  // the peer's limits are known only now
         try {
             take_regions(*transfer);
@@ -136,7 +150,20 @@ void Session::post(TransferPtr transfer, std::uint64_t pool_id, Time now) {
               ? "' already names an unfinished send on this connection: wait for it or choose another"
               : "' already names an unfinished receive on this connection: wait for it or choose another");
     transfer->posted_at = transfer->waits_since = now;
-    enter(transfer, now);
+    try {
+        enter(transfer, now);
+    } catch (...) {
+        withdraw(transfer);
+        throw;
+    }
+}
+
+// A post that could not be entered leaves nothing behind: its caller gives its memory back at once.
+void Session::withdraw(const TransferPtr& transfer) {
+    std::erase(untold_, transfer);
+    std::erase(unanswered_, transfer);
+    wants_.erase(transfer->id);
+    forget(transfer);
 }
 
 // Takes the key and what the pool needs, or throws and leaves everything as it was.
@@ -145,6 +172,9 @@ void Session::admit(const TransferPtr& transfer, const char* key_in_use) {
     if (keys.contains(transfer->key)) {
         throw LocalViolation("key '" + transfer->key + key_in_use);
     }
+    const bool asks = transfer->role == Role::destination && !transfer->moves_nothing();
+    transfer->charge = charge_of(transfer->key.size() + transfer->meta.size() + transfer->location.size(),
+                                 transfer->terms, asks ? 1 : 0);
     if (opened_ && !lost_) {
         take_regions(*transfer);
     }
@@ -165,11 +195,10 @@ void Session::enter(const TransferPtr& transfer, Time now) {
             match_source(transfer, std::move(*want), now);
             return;
         }
-    } else if (room_to_answer()) {  // else the offer waits until this one is told: it may end before
-        if (auto offer = take_offer(transfer->key)) {
-            match_destination(transfer, std::move(*offer), now);
-            return;
-        }
+    } else if (unmatched_offers_.contains(transfer->key)) {
+        unanswered_.push_back(transfer);
+        answer_what_waited(now);
+        return;
     }
     tell_or_queue(transfer);
 }
@@ -194,6 +223,7 @@ std::vector<TransferPtr> Session::give_up_posts() {
         forget(transfer);
     }
     untold_.clear();
+    unanswered_.clear();
     return posts;
 }
 
@@ -202,21 +232,35 @@ void Session::take_over(TransferPtr transfer, Time now) {
     enter(transfer, now);
 }
 
-bool Session::room_to_tell() const noexcept {
-    return opened_ && outstanding_ < config_.peer_unmatched &&
-           tombstones() < kTombstonesPerUnmatched * config_.unmatched &&
+bool Session::room_to_end_receives() const noexcept {
+    return tombstones() < kTombstonesPerUnmatched * config_.unmatched;
+}
+
+bool Session::room_to_tell(const Transfer& transfer) const noexcept {
+    return opened_ && outstanding_ < config_.peer_unmatched && room_to_end_receives() &&
+           outstanding_charge_ + transfer.charge <= config_.peer_state_nbytes / kToldShare &&
            outbox_.size() <= config_.outbox_nbytes / 2;
+}
+
+// A WANT that answers an OFFER may go where one that is told first waits: else two sides could wait for each
+// other. Over memory backends it meets its partner for certain and is never kept.
+bool Session::room_to_answer(const Transfer& transfer) const noexcept {
+    return room_to_end_receives() &&
+           (config_.memory_backend ||
+            (outstanding_ < 2 * config_.peer_unmatched &&
+             outstanding_charge_ + transfer.charge <= config_.peer_state_nbytes / kAnsweredShare));
 }
 
 void Session::count_outstanding(Transfer& transfer, bool counts) noexcept {
     if (transfer.outstanding != counts) {
         transfer.outstanding = counts;
         outstanding_ += counts ? 1 : -1;
+        outstanding_charge_ += counts ? transfer.charge : -transfer.charge;
     }
 }
 
 void Session::tell_or_queue(const TransferPtr& transfer) {
-    if (!untold_.empty() || !room_to_tell()) {
+    if (!untold_.empty() || !room_to_tell(*transfer)) {
         untold_.push_back(transfer);
         return;
     }
@@ -225,50 +269,76 @@ void Session::tell_or_queue(const TransferPtr& transfer) {
 }
 
 // Ids are given here, not when posted: they ascend on the wire, and a post may be told before an older one
-// that waits.
+// that waits. What is said because our own user posted is no answer to the peer: see check_bounds().
 void Session::tell(const TransferPtr& transfer) {
+    const std::size_t before = outbox_.size();
     announce(transfer->terms.pool, *transfer->pool);
+    transfer->role == Role::source ? send_offer(transfer) : send_want(transfer);
     transfer->told = true;
+    own_nbytes_ += outbox_.size() - before;
+}
+
+void Session::send_offer(const TransferPtr& transfer) {
+    const Bytes body = encode_offer(
+        {transfer->key, transfer->meta, transfer->location, transfer->gate != nullptr, transfer->terms});
+    transfer->id = next_offer_++;
+    offers_.emplace(transfer->id, transfer);
     Header header;
-    header.total = transfer->nbytes;
-    if (transfer->role == Role::source) {
-        transfer->id = next_offer_++;
-        offers_.emplace(transfer->id, transfer);
-        header.type = FrameType::offer;
-        header.transfer = transfer->id;
-        header.arg = transfer->want != 0 ? transfer->want - 1 : last_want_seen_;
-        send(header, encode_offer({transfer->key, transfer->meta, transfer->location,
-                                   transfer->gate != nullptr, transfer->terms}));
-        return;
-    }
-    transfer->id = transfer->want = next_want_++;
-    wants_.emplace(transfer->id, transfer);
-    header.type = FrameType::want;
+    header.type = FrameType::offer;
     header.transfer = transfer->id;
-    header.arg = transfer->partner;
-    header.flags = config_.memory_backend ? kWantPulls : 0;
+    header.total = transfer->nbytes;
+    header.arg = transfer->want != 0 ? transfer->want - 1 : last_want_seen_;
+    send(header, body);
+}
+
+void Session::send_want(const TransferPtr& transfer) {
     std::vector<Range> ranges;
     if (transfer->nbytes != 0) {
         ranges.push_back({0, transfer->nbytes});
     }
-    send(header, encode_want({transfer->key, transfer->meta, transfer->terms, std::move(ranges)}));
+    const Bytes body = encode_want({transfer->key, transfer->meta, transfer->terms, std::move(ranges)});
+    transfer->id = transfer->want = next_want_++;
+    wants_.emplace(transfer->id, transfer);
+    Header header;
+    header.type = FrameType::want;
+    header.transfer = transfer->id;
+    header.total = transfer->nbytes;
+    header.arg = transfer->partner;
+    header.flags = config_.memory_backend ? kWantPulls : 0;
+    send(header, body);
+}
+
+// Receives whose OFFER came when there was no room for the answer. They don't stand behind what waits to be
+// told first.
+void Session::answer_what_waited(Time now) {
+    while (!unanswered_.empty()) {
+        const TransferPtr next = unanswered_.front();
+        const bool waits = !next->told && next->state == State::posted;
+        const bool offered = waits && unmatched_offers_.contains(next->key);
+        if (offered && !room_to_answer(*next)) {
+            return;
+        }
+        unanswered_.pop_front();
+        if (offered) {
+            match_destination(next, *take_offer(next->key), now);
+        } else if (waits) {
+            tell_or_queue(next);  // the OFFER was withdrawn
+        }
+    }
 }
 
 void Session::pump(Time now) {
+    answer_what_waited(now);
     while (!untold_.empty()) {
         const TransferPtr next = untold_.front();
         if (next->told || next->state != State::posted) {
             untold_.pop_front();  // it matched or ended while it waited
             continue;
         }
-        if (!room_to_tell()) {
+        if (!room_to_tell(*next)) {
             break;
         }
         untold_.pop_front();
-        if (auto offer = next->role == Role::destination ? take_offer(next->key) : std::nullopt) {
-            match_destination(next, std::move(*offer), now);
-            continue;
-        }
         count_outstanding(*next, true);
         tell(next);
     }

@@ -35,6 +35,7 @@
 #include <utility>
 #include <vector>
 
+#include "protocol/charges.hpp"
 #include "protocol/frames.hpp"
 #include "protocol/transfer.hpp"
 
@@ -83,7 +84,7 @@ struct SessionConfig {
     std::uint64_t message_queue_nbytes = 64u << 20;   // of the peer's, kept for our user
     std::size_t outbox_nbytes = 1u << 20;             // beyond half of it, what our own user posts waits
     std::size_t answers_nbytes = 2u << 20;            // of the outbox, to frames of the peer
-    std::size_t peer_state_nbytes = 64u << 20;        // of the peer's pools, unmatched WANTs and OFFERs
+    std::size_t peer_state_nbytes = 64u << 20;  // charges of pools, unmatched WANTs and OFFERs: each side's
 };
 
 /// A source that has told the destination of its end waits so long for the verdict before it reports
@@ -105,9 +106,8 @@ inline constexpr std::uint64_t message_charge(std::uint64_t nbytes) noexcept { r
 class Session {
   public:
     /// A session whose handshake isn't over: what is posted waits for open().
-    explicit Session(Time now) : heard_at_(now), spoke_at_(now) {}
-    explicit Session(SessionConfig config, Time now)
-        : config_(config), opened_(true), heard_at_(now), spoke_at_(now) {}
+    explicit Session(Time) {}
+    explicit Session(SessionConfig config, Time) : config_(config), opened_(true) {}
     void open(SessionConfig config, Time now);
     /// Before open(): gives up what was posted, for another session with the same peer to take over.
     std::vector<TransferPtr> give_up_posts();
@@ -151,7 +151,6 @@ class Session {
     /// null when the source has ended. Each one lent is returned().
     TransferPtr lend(std::uint64_t offer, Time now);
     void returned(const TransferPtr& transfer, Time now);
-    void progressed(const TransferPtr& transfer, Time now) noexcept { transfer->moved_at = now; }
     void lost(Cause cause, const std::string& reason, Time now);
     bool is_lost() const noexcept { return lost_; }
     void ping(Time now);
@@ -188,10 +187,6 @@ class Session {
         return unmatched_wants_.size() + unmatched_offers_.size() + late_.size() + late_offers_.size();
     }
     std::size_t outstanding() const noexcept { return outstanding_; }
-    Time heard_at() const noexcept { return heard_at_; }
-    void heard(Time now) noexcept { heard_at_ = now; }
-    void spoke(Time now) noexcept { spoke_at_ = now; }
-    Time spoke_at() const noexcept { return spoke_at_; }
 
   private:
     template <class Body>
@@ -206,6 +201,9 @@ class Session {
         PoolTerms terms;
         std::size_t charge = 0;
     };
+    struct OwnPool {
+        std::size_t regions = 0, charge = 0;
+    };
     struct Refusal {
         std::string reason;
         Time until = 0;
@@ -213,14 +211,17 @@ class Session {
 
     // session.cpp: posting, telling, the machines
     void admit(const TransferPtr& transfer, const char* key_in_use);
+    void withdraw(const TransferPtr& transfer);
     void take_regions(const Transfer& transfer);
     void enter(const TransferPtr& transfer, Time now);
     std::vector<TransferPtr> waiting_posts() const;
-    bool room_to_tell() const noexcept;
-    bool room_to_answer() const noexcept {
-        return config_.memory_backend || outstanding_ < 2 * config_.peer_unmatched;
-    }
+    bool room_to_end_receives() const noexcept;
+    bool room_to_tell(const Transfer& transfer) const noexcept;
+    bool room_to_answer(const Transfer& transfer) const noexcept;
+    void answer_what_waited(Time now);
     void tell(const TransferPtr& transfer);
+    void send_offer(const TransferPtr& transfer);
+    void send_want(const TransferPtr& transfer);
     void tell_or_queue(const TransferPtr& transfer);
     void count_outstanding(Transfer& transfer, bool counts) noexcept;
     void pump_messages();
@@ -262,6 +263,7 @@ class Session {
     void refuse_want(std::uint64_t want, AbortCode code, const std::string& reason, const Mismatch& mismatch);
     void refuse_offer(std::uint64_t offer, AbortCode code, const std::string& reason,
                       const Mismatch& mismatch);
+    void send_refusal(const Header& header, const AbortBody& body);
     void on_message(const Header& header, std::span<const std::byte> body);
     void on_message_ack(const Header& header, Time now);
 
@@ -304,7 +306,7 @@ class Session {
     Cause lost_cause_ = Cause::peer_lost;
     std::string lost_reason_;
     std::string lie_;  // a DONE that turned out untrue: the next call that may throws it
-    Time heard_at_, spoke_at_, next_deadline_ = kNever;
+    Time next_deadline_ = kNever;
     std::optional<CloseCode> peer_closed_;
     Counters counters_;
 
@@ -326,16 +328,19 @@ class Session {
         late_offers_;  // our offers (of memory) left without a verdict, by key
     std::uint64_t last_want_seen_ = 0, last_offer_seen_ = 0;
     std::size_t peer_charge_ = 0, answered_nbytes_ = 0;
-    std::uint32_t outstanding_ = 0;   // told, and maybe unmatched at the peer
-    std::deque<TransferPtr> untold_;  // wait for room to be told
+    std::size_t own_nbytes_ = 0;     // ever put into the outbox because our own user posted or refused
+    std::uint32_t outstanding_ = 0;  // told, and maybe unmatched at the peer
+    std::size_t outstanding_charge_ = 0;
+    std::deque<TransferPtr> untold_;      // wait for room to be told
+    std::deque<TransferPtr> unanswered_;  // receives whose OFFER is here wait for room for the answer
     std::deque<TransferPtr> short_, long_, inline_, copies_;
     std::map<std::uint64_t, TransferPtr> gated_;  // sources whose gate may hold something back, by want
     unsigned short_in_a_row_ = 0;
     std::unordered_map<std::uint64_t, PeerPool> peer_pools_;
     std::size_t peer_regions_ = 0;
     std::unordered_set<std::uint64_t> announced_;
-    std::unordered_map<std::uint64_t, std::size_t> used_pools_;  // ours, each with its regions
-    std::size_t used_regions_ = 0;
+    std::unordered_map<std::uint64_t, OwnPool> used_pools_;
+    std::size_t used_regions_ = 0, used_charge_ = 0;
 
     std::deque<MessagePtr> messages_, unacknowledged_;
     std::uint64_t message_bytes_sent_ = 0,

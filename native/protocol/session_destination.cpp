@@ -50,18 +50,24 @@ void Session::on_offer(const Header& header, std::span<const std::byte> raw, Tim
         throw Violation("an OFFER's id isn't new");
     }
     last_offer_seen_ = header.transfer;
+    if (header.arg >= next_want_) {
+        throw Violation("an OFFER's floor is a WANT that wasn't sent");
+    }
     OfferBody body = decode_offer(raw);
     const PoolTerms& theirs = peer_pool(body.terms);
     if (stream_nbytes(theirs, body.terms) != header.total) {
         throw Violation("an OFFER's bytes aren't those of its terms");
     }
     const TransferPtr mine = partner_of(body.key, header.arg);
-    if (mine != nullptr && (mine->told || room_to_answer())) {
+    if (mine != nullptr && (mine->told || room_to_answer(*mine))) {
         match_destination(mine, {header.transfer, header.total, 0, std::move(body)}, now);
     } else if (const auto reason = take_refusal(body.key, now)) {
         refuse_offer(header.transfer, AbortCode::refused, *reason, {});
     } else {
         keep({header.transfer, header.total, 0, std::move(body)});
+        if (mine != nullptr) {
+            unanswered_.push_back(mine);
+        }
     }
 }
 
@@ -141,7 +147,6 @@ void Session::note_offer(Transfer& transfer, std::uint64_t offer) const {
 // ---- chunks
 
 ChunkTarget Session::chunk_begin(const Header& header, Time now) {
-    heard_at_ = now;
     if (!lie_.empty()) {
         throw Violation(lie_);
     }
@@ -152,6 +157,9 @@ ChunkTarget Session::chunk_begin(const Header& header, Time now) {
     if (header.total != transfer->nbytes || header.offset > transfer->nbytes ||
         header.body_nbytes > transfer->nbytes - header.offset) {
         throw Violation("a CHUNK reaches beyond its transfer");
+    }
+    if (header.attempt != transfer->attempt) {
+        throw Violation("a CHUNK is of another attempt");
     }
     const Range range{header.offset, header.offset + header.body_nbytes};
     const bool store = transfer->undecided();
@@ -170,7 +178,7 @@ ChunkTarget Session::chunk_begin(const Header& header, Time now) {
 }
 
 void Session::claim_chunk(const TransferPtr& transfer, const Header& header, Range range, Time now) {
-    if (header.attempt != transfer->attempt || transfer->claimed.overlaps(range)) {
+    if (transfer->claimed.overlaps(range)) {
         throw Violation("a CHUNK's bytes have come before");
     }
     if (transfer->claimed.ranges().size() >= kMaxFragments ||
@@ -187,7 +195,6 @@ void Session::chunk_end(const ChunkTarget& target, const Trailer& trailer, bool 
     const TransferPtr& transfer = target.transfer;
     --transfer->active;
     ++counters_.chunks_in;
-    heard_at_ = now;
     if (transfer->state == State::draining) {
         check_drained(transfer, now);
         return;
@@ -330,6 +337,9 @@ void Session::on_withdrawn(std::uint64_t offer, const AbortBody& body, Time now)
 }
 
 void Session::on_aborted_for_destination(const Header& header, Time now) {
+    if ((header.flags & kOfferId) != 0) {
+        throw Violation("an ABORTED of a source names an OFFER");
+    }
     const TransferPtr transfer = destination(header.transfer);
     if (transfer == nullptr) {
         return;

@@ -11,16 +11,6 @@ namespace {
 // Words that we wait for, about transfers that have ended here.
 constexpr std::size_t kMaxLate = 65'536;
 constexpr std::size_t kMaxRefusals = 65'536;
-constexpr std::size_t kRecordNbytes = 512;  // of a map's entry and its strings
-
-std::size_t charge_of(const Terms& terms) {
-    return terms.groups.size() * sizeof(Terms::Group) + terms.layers.size() * sizeof(Terms::Layer);
-}
-
-std::size_t charge_of(const PoolTerms& pool, std::size_t raw_nbytes) {
-    return kRecordNbytes + raw_nbytes + pool.groups.size() * sizeof(GroupTerms) +
-           pool.layers.size() * sizeof(LayerTerms);
-}
 
 }  // namespace
 
@@ -28,8 +18,7 @@ void Session::receive(const Header& header, std::span<const std::byte> body, Tim
     if (lost_) {
         return;
     }
-    heard_at_ = now;
-    const std::size_t before = outbox_.size();
+    const std::size_t before = outbox_.size(), own_before = own_nbytes_;
     switch (header.type) {
         case FrameType::pool: on_pool(header, body); break;
         case FrameType::offer: on_offer(header, body, now); break;
@@ -59,10 +48,11 @@ void Session::receive(const Header& header, std::span<const std::byte> body, Tim
     if (before == 0) {
         answered_nbytes_ = 0;
     }
-    check_bounds(outbox_.size() - before);
+    check_bounds((outbox_.size() - before) - (own_nbytes_ - own_before));
 }
 
-// What the local user asks for is not the peer's excess: only answers count.
+// What the local user asks for is not the peer's excess, also where a match makes us say it: only answers
+// count.
 void Session::check_bounds(std::size_t answered_nbytes) {
     answered_nbytes_ += answered_nbytes;
     if (answered_nbytes_ > config_.answers_nbytes) {
@@ -104,7 +94,7 @@ void Session::on_pool(const Header& header, std::span<const std::byte> body) {
     if (regions > config_.regions - std::min<std::size_t>(peer_regions_, config_.regions)) {
         throw Excess("the peer announces more than " + std::to_string(config_.regions) + " regions");
     }
-    const std::size_t charge = charge_of(pool, body.size());
+    const std::size_t charge = charge_of_pool(pool, body.size());
     charge_peer(charge);
     if (!peer_pools_.emplace(header.transfer, PeerPool{std::move(pool), charge}).second) {
         throw Violation("a POOL is announced twice");
@@ -150,8 +140,8 @@ void Session::keep(UnmatchedWant want, bool answers_offer) {
     if (unmatched_wants_.size() >= (answers_offer ? 2 : 1) * std::size_t{config_.unmatched}) {
         throw Excess("the peer has more than " + std::to_string(config_.unmatched) + " unmatched WANTs");
     }
-    want.charge = kRecordNbytes + want.body.key.size() + want.body.meta.size() + charge_of(want.body.terms) +
-                  want.body.ranges.size() * sizeof(Range);
+    want.charge = charge_of(want.body.key.size() + want.body.meta.size(), want.body.terms,
+                            want.body.ranges.size());
     charge_peer(want.charge);
     const std::string key = want.body.key;
     const std::uint64_t id = want.id;
@@ -165,8 +155,8 @@ void Session::keep(UnmatchedOffer offer) {
     if (unmatched_offers_.size() >= config_.unmatched) {
         throw Excess("the peer has more than " + std::to_string(config_.unmatched) + " unmatched OFFERs");
     }
-    offer.charge = kRecordNbytes + offer.body.key.size() + offer.body.meta.size() +
-                   offer.body.location.size() + charge_of(offer.body.terms);
+    offer.charge = charge_of(offer.body.key.size() + offer.body.meta.size() + offer.body.location.size(),
+                             offer.body.terms, 0);
     charge_peer(offer.charge);
     const std::string key = offer.body.key;
     const std::uint64_t id = offer.id;
@@ -205,7 +195,7 @@ void Session::refuse_want(std::uint64_t want, AbortCode code, const std::string&
     header.flags = kFromSource;
     header.transfer = want;
     late_.insert(want);  // the destination answers this ABORT, or its own crosses it
-    send(header, encode_abort({code, reason, mismatch}));
+    send_refusal(header, {code, reason, mismatch});
 }
 
 void Session::refuse_offer(std::uint64_t offer, AbortCode code, const std::string& reason,
@@ -214,19 +204,29 @@ void Session::refuse_offer(std::uint64_t offer, AbortCode code, const std::strin
     header.type = FrameType::abort;
     header.flags = kOfferId;
     header.transfer = offer;
-    send(header, encode_abort({code, reason, mismatch}));
+    send_refusal(header, {code, reason, mismatch});
+}
+
+// Each uses up a post or a refusal of our own user's, so it is no answer to the peer: see check_bounds().
+void Session::send_refusal(const Header& header, const AbortBody& body) {
+    const std::size_t before = outbox_.size();
+    send(header, encode_abort(body));
+    own_nbytes_ += outbox_.size() - before;
 }
 
 void Session::refuse(const std::string& key, const std::string& reason, Time until, Time now) {
     if (lost_) {
         return;
     }
-    if (const auto want = take_want(key)) {
+    const auto want = take_want(key);
+    const auto offer = take_offer(key);  // a key may be in use in both directions
+    if (want) {
         refuse_want(want->id, AbortCode::refused, reason, {});
-        return;
     }
-    if (const auto offer = take_offer(key)) {
+    if (offer) {
         refuse_offer(offer->id, AbortCode::refused, reason, {});
+    }
+    if (want || offer) {
         return;
     }
     if (refusals_.size() >= kMaxRefusals) {

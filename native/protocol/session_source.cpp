@@ -350,7 +350,6 @@ void Session::on_done(const Header& header, Time now) {
     if (transfer->state == State::moving) {
         // The last bytes have left and were verified before the mover could note it. Its note is awaited by
         // quiescing.
-        transfer->done_early = true;
         transfer->outcome = {Cause::ok, Delivered::yes, {}, {}};
     }
     if (config_.memory_backend) {

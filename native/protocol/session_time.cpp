@@ -78,7 +78,6 @@ void Session::leave_without_verdict(const TransferPtr& transfer, Time now) {
 }
 
 void Session::resumed(Time now) {
-    heard_at_ = now;
     for (const auto* keys : {&source_keys_, &destination_keys_}) {
         for (const auto& [key, transfer] : *keys) {
             // What the peer said meanwhile is still unread. Only the limit of the whole is meant to count a
@@ -153,6 +152,7 @@ void Session::lost(Cause cause, const std::string& reason, Time now) {
 void Session::drop_everything_kept() {
     outbox_.clear();
     untold_.clear();
+    unanswered_.clear();
     for (auto* queue : {&short_, &long_, &inline_, &copies_}) {
         queue->clear();
     }

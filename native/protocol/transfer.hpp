@@ -145,6 +145,7 @@ class Transfer {
     PoolTerms const* pool = nullptr;  // outlives the transfer: the engine's handle owns it
     Terms terms;
     std::uint64_t nbytes = 0;
+    std::size_t charge = 0;  // while it is outstanding, of the memory that we may take at the peer
     std::vector<LayerSpan> spans;
     std::shared_ptr<const Gate> gate;
     Limits limits;
@@ -184,8 +185,6 @@ class Transfer {
     Time waits_since = 0;           // for the peer or the gate
     std::atomic<Time> moved_at{0};  // last byte, for the stall clock; movers store it without the lock
     Time verdict_until = kNever;
-    bool done_early =
-        false;  // source: DONE overtook our own note that the last chunk had left; it must be true
     bool peer_ended = false;  // the peer's ABORT or ABORTED was read
     bool finished = false;    // the user has its outcome
 
@@ -196,7 +195,6 @@ class Transfer {
         return state == State::posted || state == State::matched || state == State::moving ||
                state == State::sent;
     }
-    bool all_claimed() const noexcept { return claimed.nbytes() == nbytes; }
 };
 
 using TransferPtr = std::shared_ptr<Transfer>;

@@ -102,6 +102,52 @@ TEST_CASE("ids must be new, names known, totals true") {
     CHECK_THROWS_AS(h.want("a"), Violation);
 }
 
+TEST_CASE("an OFFER's floor is a WANT that was sent") {
+    for (const std::uint64_t floor : {std::uint64_t{1}, std::uint64_t{2}, std::uint64_t{1} << 60}) {
+        Hostile h;
+        h.post(Role::destination, "other");
+        const auto say = [&] {
+            h.say(FrameType::offer, 0, 1, 100, floor, encode_offer({"k", "", "", false, h.terms(1, 100)}));
+        };
+        if (floor == 1) {
+            CHECK_NOTHROW(say());
+        } else {
+            CHECK_THROWS_AS(say(), Violation);
+        }
+    }
+}
+
+TEST_CASE("a chunk's attempt is checked also when the chunk is drained") {
+    Hostile h;
+    const auto destination = h.post(Role::destination);
+    CHECK_THROWS_AS(h.party.session.chunk_begin({FrameType::chunk, 0, 2, 10, 1, 0, 100, 0}, 0), Violation);
+    h.party.session.stop(destination, kCancel, 0);
+    h.party.settle();
+    CHECK_THROWS_AS(h.party.session.chunk_begin({FrameType::chunk, 0, 0, 10, 1, 0, 100, 0}, 0), Violation);
+    h.end(h.chunk(1, 0, 10, 100));
+}
+
+TEST_CASE("M9: ended receives, also of a peer that offers first and answers for none") {
+    SessionConfig config;
+    config.unmatched = 64;
+    Hostile h(config);
+    for (int i = 0; i < 300; ++i) {
+        const std::string key = "k" + std::to_string(i);
+        h.offer(key);
+        const auto destination = h.post(Role::destination, key);
+        CHECK(destination->told == (i < 256));
+        h.party.session.stop(destination, kCancel, 0);
+        h.party.settle();
+    }
+    CHECK(h.party.session.tombstones() == 256);
+    CHECK(h.party.session.kept_for_peer() == 44);
+    const auto waits = h.post(Role::destination, "k280");
+    CHECK_FALSE(waits->told);
+    h.say(FrameType::aborted, kFromSource, 1, 0, 0);
+    CHECK(waits->told);
+    CHECK(h.party.session.kept_for_peer() == 43);
+}
+
 TEST_CASE("M7: sizes that overflow") {
     Hostile h;
     const std::uint64_t huge = std::uint64_t{1} << 61;
@@ -215,6 +261,10 @@ TEST_CASE("answers to nothing") {
     CHECK_THROWS_AS(h.say(FrameType::close, 0, 0, 0, 4), Violation);
     auto destination = h.post(Role::destination);
     CHECK_THROWS_AS(h.say(FrameType::aborted, kFromSource, 1, 0, 0), Violation);
+    h.party.session.stop(destination, kCancel, 0);
+    h.party.settle();
+    CHECK_THROWS_AS(h.say(FrameType::aborted, kFromSource | kOfferId, 1, 0, 0), Violation);
+    CHECK(h.party.session.tombstones() == 1);
     auto source = h.sent();
     CHECK_THROWS_AS(h.say(FrameType::aborted, 0, 1, 0, 0), Violation);
     h.say(FrameType::close, 0, 0, 0, 2);

@@ -18,7 +18,7 @@ def native(name: str) -> str:
 FRAMES = native("protocol/frames.hpp")
 SOURCES = (
     FRAMES + native("protocol/frames.cpp") + native("protocol/session.hpp") + native("protocol/session_peer.cpp")
-    + native("protocol/session.cpp") + native("protocol/session_destination.cpp")
+    + native("protocol/session.cpp") + native("protocol/session_destination.cpp") + native("protocol/charges.hpp")
 )  # fmt: skip
 
 
@@ -115,7 +115,7 @@ LIMITS = {
     "regions: layers of all open pools, one at least for each (H)": "regions",
     "WANTs that wait for a send (H); as many more if they answer an OFFER": "unmatched",
     "OFFERs that wait for a receive (H)": "unmatched",
-    "memory for the peer's pools and for what waits": "peer_state_nbytes",
+    "charges of the peer's pools, and of its WANTs and OFFERs that wait": "peer_state_nbytes",
     "charges of messages sent and not taken: half of the next": "message_window_nbytes",
     "charges of messages that wait for the user (H)": "message_queue_nbytes",
     "words awaited on transfers that ended without a verdict": "kMaxLate",
@@ -137,11 +137,34 @@ def test_limits_that_follow() -> None:
     assert said["unread answers to the peer's frames (C: more)"] == number("answers_nbytes")
     assert said["bytes of a stream"] == 1 << 62
     tombstones = number("kTombstonesPerUnmatched") * number("unmatched")
-    assert said["ended receives that wait for the source's last word; more wait to be told"] == tombstones
+    ended = "ended receives that wait for the source's last word; more wait to be told or to meet their OFFER"
+    assert said[ended] == tombstones
+    charges = number("peer_state_nbytes")
+    assert said["of these, charges that a sender's own pools take"] == charges // number("kPoolsShare")
+    waiting = "and its WANTs and OFFERs that wait; with WANTs that answer an OFFER twice as much"
+    assert said[waiting] == charges // number("kToldShare")
+    assert number("kAnsweredShare") * 2 == number("kToldShare")
     assert said["lanes of a session"] == messages.LANES_MAX
     assert said["record of a handshake"] == messages.RECORD_MAX_NBYTES
     assert said["strangers at once (C)"] == 64
-    assert len(said) == len(LIMITS) + 6, "a limit that no test knows"
+    assert len(said) == len(LIMITS) + 8, "a limit that no test knows"
+
+
+def test_charges() -> None:
+    text = " ".join(PAGE.split())
+    assert f"The charge of a WANT or OFFER is {number('kRecordCharge')}, the bytes of its key" in text
+    assert (
+        f"{number('kTermsGroupCharge')} for each group and {number('kTermsLayerCharge')} for each layer"
+        in text
+    )
+    assert (
+        f"and {number('kRangeCharge')} for each range; that of a pool is {number('kRecordCharge')}, the"
+        in text
+    )
+    assert (
+        f"{number('kPoolGroupCharge')} for each group and {number('kPoolLayerCharge')} for each layer."
+        in text
+    )
 
 
 def test_sizes() -> None:
