@@ -72,7 +72,8 @@ Machine::Machine(unsigned index, Clock& clock, Random& random, Checker& checker,
       checker_(checker),
       setup_(std::move(setup)),
       memory_(setup_.pieces, random),
-      session_(setup_.config, clock.now()) {}
+      session_(setup_.config, clock.now()),
+      dialled_(setup_.dials ? std::make_unique<Session>(clock.now()) : nullptr) {}
 
 Machine::~Machine() = default;
 
@@ -124,16 +125,9 @@ void Machine::settle() {
         }
     });
     flush_control();
-    for (const TransferPtr& transfer : session_.take_quiescing()) {
-        clock_.trace("%c quiesce %s '%s'", 'A' + static_cast<int>(index_), name_of(transfer->role),
-                     transfer->key.c_str());
-        later(while_unlocked(), [this, transfer] { quiesce(transfer); });
-    }
-    for (const TransferPtr& transfer : session_.take_finished()) {
-        over(transfer);
-    }
-    for (const MessagePtr& message : session_.take_finished_messages()) {
-        checker_.message_over(*message);
+    collect(session_);
+    if (dialled_ != nullptr) {
+        collect(*dialled_);
     }
     for (Bytes& message : session_.take_messages()) {
         untaken_ += message.size();
@@ -158,18 +152,27 @@ void Machine::settle() {
     }
 }
 
+void Machine::collect(Session& session) {
+    for (const TransferPtr& transfer : session.take_quiescing()) {
+        clock_.trace("%c quiesce %s '%s'", 'A' + static_cast<int>(index_), name_of(transfer->role),
+                     transfer->key.c_str());
+        later(while_unlocked(), [this, transfer] { quiesce(transfer); });
+    }
+    for (const TransferPtr& transfer : session.take_finished()) {
+        over(transfer);
+    }
+    for (const MessagePtr& message : session.take_finished_messages()) {
+        checker_.message_over(*message);
+    }
+}
+
 void Machine::kick_gates() {
     guarded([&] { session_.poll_gates(clock_.now()); });
     settle();
 }
 
-void Machine::fail_gates() {
-    guarded([&] { session_.fail_gates(clock_.now()); });
-    settle();
-}
-
 void Machine::set_timer() {
-    const Time next = session_.next_deadline();
+    const Time next = std::min(session_.next_deadline(), dialled_ ? dialled_->next_deadline() : kNever);
     if (next == kNever || next >= timer_at_) {
         return;
     }
@@ -178,7 +181,10 @@ void Machine::set_timer() {
         if (timer_at_ == next) {
             timer_at_ = kNever;
         }
-        guarded([&] { session_.on_time(clock_.now()); });
+        guarded([&] {
+            session_.on_time(clock_.now());
+            if (dialled_ != nullptr) dialled_->on_time(clock_.now());
+        });
         settle();
     });
 }
@@ -192,6 +198,8 @@ void Machine::over(const TransferPtr& transfer) {
         }
     }
     checker_.over(*record, memory_);
+    --unfinished_;
+    dialled_posts_.erase(transfer.get());
     for (const Row& row : record->history->rows) {
         for (const std::uint32_t block : row.blocks) {
             transfer->role == Role::source ? memory_.unread(row.layer, block)
@@ -220,7 +228,7 @@ void Machine::quiesce(const TransferPtr& transfer) {
         }
     }
     later(while_unlocked(), [this, transfer] {
-        guarded([&] { session_.quiesced(transfer, clock_.now()); });
+        guarded([&] { home_of(transfer).quiesced(transfer, clock_.now()); });
         settle();
     });
 }
@@ -534,44 +542,6 @@ void Machine::finish_copy(const std::shared_ptr<Copy>& copy) {
     guarded([&] { session_.chunk_end(copy->target, trailer, verified, clock_.now()); });
     --copiers_;
     settle();
-}
-
-// ---- fate
-
-void Machine::catch_rogue() {
-    checker_.link_cut();
-    peer_->later(random_.between(0, 5 * kMs), [peer = peer_] { peer->lose(); });
-    lose();
-}
-
-void Machine::lose() {
-    if (closed_ || crashed_) {
-        return;
-    }
-    clock_.trace("%c has lost the other", 'A' + static_cast<int>(index_));
-    closed_ = true;
-    session_.lost(Cause::peer_lost, "reset", clock_.now());
-    settle();
-}
-
-void Machine::crash() {
-    clock_.trace("%c crashes", 'A' + static_cast<int>(index_));
-    crashed_ = true;
-}
-
-void Machine::stall(Time until) {
-    clock_.trace("%c stands still for %lld ms", 'A' + static_cast<int>(index_),
-                 static_cast<long long>((until - clock_.now()) / kMs));
-    const bool long_one = until - clock_.now() > 500 * kMs;
-    stalled_until_ = std::max(stalled_until_, until);
-    checker_.stalled(clock_.now(), until);
-    if (long_one) {
-        clock_.at(until, [this] {
-            if (!crashed_ && clock_.now() >= stalled_until_) {
-                session_.resumed(clock_.now());
-            }
-        });
-    }
 }
 
 bool Machine::idle() const {

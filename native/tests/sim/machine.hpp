@@ -26,6 +26,7 @@ struct MachineSetup {
     std::vector<std::size_t> pieces;
     protocol::PoolTerms pool;
     bool staging = false;          // lanes have a ring
+    bool dials = false;            // has a second session, which another side's takes the place of
     unsigned corrupt_percent = 0;  // of writes and stores with digests
     Time slow = 0;                 // of what happens between two locks
 };
@@ -41,6 +42,8 @@ class Machine {
     RecordPtr make(protocol::Role role, std::vector<Row> rows);
     void post(const RecordPtr& record);
     void cancel(const RecordPtr& record);
+    void adopt();       // what waits on the session that won't open goes over to the one that is
+    void close_pool();  // if no transfer uses it; the next post takes another
     void refuse(const std::string& key);
     void send_message(std::size_t nbytes);
     void take_messages();
@@ -64,6 +67,7 @@ class Machine {
     Memory& memory() noexcept { return memory_; }
     protocol::Session& session() noexcept { return session_; }
     bool idle() const;
+    std::size_t unfinished() const noexcept { return unfinished_; }
     const std::vector<std::shared_ptr<protocol::Message>>& messages() const noexcept { return messages_; }
     const std::vector<protocol::Bytes>& received() const noexcept { return received_; }
 
@@ -74,6 +78,10 @@ class Machine {
     template <class What>
     void guarded(What what);
     void settle();
+    void collect(protocol::Session& session);
+    protocol::Session& home_of(const protocol::TransferPtr& transfer) {
+        return dialled_posts_.contains(transfer.get()) ? *dialled_ : session_;
+    }
     void put_inline();
     void flush_control();
     void read_control();
@@ -105,6 +113,10 @@ class Machine {
     MachineSetup setup_;
     Memory memory_;
     protocol::Session session_;
+    std::unique_ptr<protocol::Session> dialled_;  // never opens
+    std::unordered_set<const protocol::Transfer*> dialled_posts_;
+    std::uint64_t pool_id_ = 1;
+    std::size_t unfinished_ = 0;  // over all sessions
     Machine* peer_ = nullptr;
     Pipe *control_in_ = nullptr, *control_out_ = nullptr;
     std::vector<std::unique_ptr<Lane>> lanes_;
@@ -112,7 +124,7 @@ class Machine {
     protocol::Bytes tx_;
     std::size_t tx_at_ = 0;
     bool rogue_ = false, closed_ = false, crashed_ = false, polling_ = false, reading_control_ = false,
-         settling_ = false;
+         settling_ = false, adopted_ = false;
     unsigned copiers_ = 0;
     Time stalled_until_ = 0, timer_at_ = protocol::kNever;
     std::vector<std::shared_ptr<protocol::Message>> messages_;

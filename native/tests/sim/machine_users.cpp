@@ -38,7 +38,48 @@ void Machine::post(const RecordPtr& record) {
         }
     }
     checker_.posted(*record, memory_);
-    guarded([&] { session_.post(record, 1 + index_, clock_.now()); });
+    ++unfinished_;
+    if (dialled_ != nullptr && !adopted_ && random_.chance(60)) {
+        dialled_posts_.insert(record.get());
+    }
+    guarded([&] { home_of(record).post(record, pool_id_, clock_.now()); });
+    settle();
+}
+
+// As when two endpoints dial each other: one connection stays, and what was posted on the other goes there.
+void Machine::adopt() {
+    if (dialled_ == nullptr || std::exchange(adopted_, true) || closed_) {
+        return;
+    }
+    clock_.trace("%c takes over what waits on its other session", 'A' + static_cast<int>(index_));
+    guarded([&] {
+        for (TransferPtr& transfer : dialled_->give_up_posts()) {
+            dialled_posts_.erase(transfer.get());
+            session_.take_over(std::move(transfer), clock_.now());
+        }
+        for (MessagePtr& message : dialled_->give_up_messages()) {
+            session_.post_message(std::move(message), clock_.now());
+        }
+        dialled_->lost(Cause::connection_closed, "another took its place", clock_.now());
+    });
+    settle();
+}
+
+void Machine::close_pool() {
+    if (unfinished_ != 0 || closed_) {
+        return;
+    }
+    clock_.trace("%c closes its pool", 'A' + static_cast<int>(index_));
+    session_.forget_pool(pool_id_);
+    pool_id_ += random_.below(2);  // an id may come again
+    settle();
+}
+
+void Machine::fail_gates() {
+    guarded([&] {
+        session_.fail_gates(clock_.now());
+        if (dialled_ != nullptr) dialled_->fail_gates(clock_.now());
+    });
     settle();
 }
 
@@ -46,7 +87,9 @@ void Machine::cancel(const RecordPtr& record) {
     record->history->asked_to_stop = true;
     clock_.trace("%c cancels %s '%s'", 'A' + static_cast<int>(index_), name_of(record->role),
                  record->key.c_str());
-    guarded([&] { session_.stop(record, {Cause::cancelled, Delivered::no, "cancelled", {}}, clock_.now()); });
+    guarded([&] {
+        home_of(record).stop(record, {Cause::cancelled, Delivered::no, "cancelled", {}}, clock_.now());
+    });
     settle();
 }
 
@@ -61,7 +104,9 @@ void Machine::send_message(std::size_t nbytes) {
     message->data.assign(nbytes, static_cast<std::byte>(messages_.size()));
     checker_.message_posted(index_, *message);
     messages_.push_back(message);
-    session_.post_message(message, clock_.now());
+    Session& session = dialled_ != nullptr && !adopted_ ? *dialled_
+                                                        : session_;  // all, so that they keep order
+    session.post_message(message, clock_.now());
     settle();
 }
 

@@ -20,6 +20,7 @@ World::World(std::uint64_t seed, bool verbose)
     for (unsigned i = 0; i < 2; ++i) {
         made.config.unmatched = unmatched[i];
         made.config.peer_unmatched = unmatched[1 - i];
+        made.dials = random_.chance(20);
         machines_[i] = std::make_unique<Machine>(i, clock_, random_, checker_, made);
         machines_[i]->on_over = [this](const RecordPtr& record) { over(record); };
     }
@@ -36,6 +37,7 @@ MachineSetup World::setup() {
     made.config.message_window_nbytes = random_.pick({1000, 32 << 20});
     made.config.message_queue_nbytes = 2 * made.config.message_window_nbytes;
     made.config.outbox_nbytes = random_.pick({std::size_t{4096}, std::size_t{1} << 20});
+    made.config.peer_state_nbytes = random_.pick({std::size_t{8} << 10, std::size_t{64} << 20});
     made.staging = random_.chance(50);
     made.corrupt_percent = made.config.digest != DigestKind::none && random_.chance(25) ? 3 : 0;
     made.slow = random_.pick({Time{0}, 20 * kUs, 500 * kUs});
@@ -105,6 +107,12 @@ void World::plan() {
         for (int i = 0; i < 30; ++i) {
             machine->later(i < 6 ? random_.between(0, 2 * span_) : (5 + i) * kSecond / 2,
                            [&m = *machine] { m.take_messages(); });
+        }
+    }
+    for (auto& machine : machines_) {
+        machine->later(random_.between(0, span_), [&m = *machine] { m.adopt(); });
+        for (std::int64_t i = random_.chance(40) ? random_.between(1, 6) : 0; i > 0; --i) {
+            machine->later(random_.between(0, 2 * span_), [&m = *machine] { m.close_pool(); });
         }
     }
     plan_fate();
@@ -368,6 +376,9 @@ void World::check_end() {
                             std::to_string(session.tombstones()) + " tombstones, " +
                             std::to_string(session.kept_for_peer()) + " of the peer's, " +
                             std::to_string(session.outstanding()) + " outstanding");
+        }
+        if (machine->unfinished() != 0) {
+            checker_.broken("a session that gave its posts up keeps some");
         }
         if (whole && !machine->idle()) {
             checker_.broken("the wire isn't drained");
