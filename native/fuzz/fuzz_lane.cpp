@@ -23,6 +23,7 @@ namespace {
 constexpr std::size_t kReceives = 4;
 constexpr std::size_t kMostStream = 1u << 16;
 constexpr std::size_t kMostSteps = 200;
+constexpr std::size_t kMostPieces = 8192;  // docs/reference/wire.md
 
 /// What the sender means: byte `offset` of the transfer that `want` names.
 std::byte meant(std::uint64_t want, std::uint64_t offset) {
@@ -41,9 +42,11 @@ class Script final : public LaneHost {
                     ring_.size()};
         const std::uint8_t shapes[] = {op.a, op.b, op.c, op.d};
         for (std::size_t i = 0; i < kReceives; ++i) {
-            const LocalPool& pool = local_pools()[shapes[i] % local_pools().size()];
+            const bool large = i == 0 && (op.code & 4) != 0;  // it can be cut into more pieces than are kept
+            const LocalPool& pool = local_pools()[large ? 1 : shapes[i] % local_pools().size()];
             const unsigned most = pool.piece_nbytes[0] > 1000 ? 2 : 24;  // small, so that inputs are many
-            Terms terms = terms_of(pool, static_cast<std::uint8_t>(1 + shapes[i] / 4 % most), 0, false);
+            const unsigned blocks = large ? 4 : 1 + shapes[i] / 4 % most;
+            Terms terms = terms_of(pool, static_cast<std::uint8_t>(blocks), 0, false);
             records_.push_back(
                 std::make_shared<Record>(Role::destination, Peer::key_of(i), pool, std::move(terms)));
             records_.back()->limits = {kNever, kNever, kNever};
@@ -67,6 +70,8 @@ class Script final : public LaneHost {
                    "a chunk beyond its transfer");
             demand(!mine.stored.overlaps(target.range), "bytes are let in twice");
             mine.stored.add(target.range);
+            demand(mine.claimed.ranges().size() <= kMostPieces && mine.corrupt.ranges().size() <= kMostPieces,
+                   "a transfer's pieces grow without bound");
         }
         now_target_ = target;
         return target;
@@ -92,8 +97,8 @@ class Script final : public LaneHost {
             case 9: read(1 + op.a % 16); break;
             case 10:
             case 11: read(op.a); break;
-            case 12:
-            case 13: read(op.a * 16u); break;
+            case 12: read(op.a * 16u); break;
+            case 13: put_comb(op); break;
             case 7: put_raw(op); break;
             default: put_chunk(op);
         }
@@ -107,22 +112,41 @@ class Script final : public LaneHost {
         if ((op.d & 1) != 0)
             next = op.e * 64u % std::max<std::uint64_t>(mine.nbytes, 1);  // out of order, or again
         if (next >= mine.nbytes) next = 0;
-        Frame frame{{.type = FrameType::chunk,
-                     .attempt = 1,
-                     .transfer = mine.want,
-                     .offset = next,
-                     .total = mine.nbytes},
-                    {}};
         const std::uint64_t nbytes = std::min<std::uint64_t>(mine.nbytes - next,
                                                              1u + op.b + (op.c & 15u) * 256u);
-        frame.body.resize(nbytes);
-        for (std::uint64_t i = 0; i < nbytes; ++i) frame.body[i] = meant(mine.want, next + i);
+        auto [frame, trailer] = chunk_of(mine, next, nbytes);
         next += nbytes;
-        frame.header.body_nbytes = static_cast<std::uint32_t>(nbytes);
+        spoil(op, frame, trailer);
+        append(frame, trailer);
+    }
+    // Every second byte, so that each is a piece of its own: from where the next chunk would begin.
+    void put_comb(const Op& op) {
+        if (stream_.size() > kMostStream) return;
+        Record& mine = *records_[op.a % kReceives];
+        std::uint64_t& next = next_[op.a % kReceives];
+        const bool bad = (op.d & 1) != 0;
+        for (std::size_t i = 0; i < 64u * (1u + op.b) && next < mine.nbytes; ++i, next += 2) {
+            auto [frame, trailer] = chunk_of(mine, next, 1);
+            if (bad) frame.body[0] ^= std::byte{1};
+            append(frame, trailer);
+        }
+        tainted_ = tainted_ || (bad && digest_ == DigestKind::none);
+    }
+    std::pair<Frame, Trailer> chunk_of(const Record& mine, std::uint64_t offset, std::uint64_t nbytes) const {
+        Frame frame{{.type = FrameType::chunk,
+                     .attempt = 1,
+                     .body_nbytes = static_cast<std::uint32_t>(nbytes),
+                     .transfer = mine.want,
+                     .offset = offset,
+                     .total = mine.nbytes},
+                    Bytes(nbytes)};
+        for (std::uint64_t i = 0; i < nbytes; ++i) frame.body[i] = meant(mine.want, offset + i);
         Trailer trailer{ChunkStatus::ok, digest_, 0};
         if (digest_ == DigestKind::crc32c)
             trailer.digest = crc32c(digest_seed(frame.header), frame.body.data(), nbytes);
-        spoil(op, frame, trailer);
+        return {std::move(frame), trailer};
+    }
+    void append(const Frame& frame, const Trailer& trailer) {
         Peer::append(stream_, frame);
         const auto tail = encode_trailer(trailer);
         stream_.insert(stream_.end(), tail.begin(), tail.end());
@@ -178,6 +202,8 @@ class Script final : public LaneHost {
             try {
                 reader_->got(iov, count, n);
             } catch (const Violation&) {
+                lose();
+            } catch (const Excess&) {  // more pieces than are kept
                 lose();
             }
         }
