@@ -37,7 +37,7 @@ MachineSetup World::setup() {
     made.config.message_window_nbytes = random_.pick({1000, 32 << 20});
     made.config.message_queue_nbytes = 2 * made.config.message_window_nbytes;
     made.config.outbox_nbytes = random_.pick({std::size_t{4096}, std::size_t{1} << 20});
-    made.config.peer_state_nbytes = random_.pick({std::size_t{8} << 10, std::size_t{64} << 20});
+    made.config.peer_state_nbytes = random_.pick({std::size_t{4} << 10, std::size_t{64} << 20});
     made.staging = random_.chance(50);
     made.corrupt_percent = made.config.digest != DigestKind::none && random_.chance(25) ? 3 : 0;
     made.slow = random_.pick({Time{0}, 20 * kUs, 500 * kUs});
