@@ -30,6 +30,7 @@ from kvtransport.memory.allocation import HostMemory
 from kvtransport.memory.layout import BlockLayout, LayerGroup
 from kvtransport.memory.pool import BlockPool
 from kvtransport.protocol.descriptor import Descriptor
+from kvtransport.seconds import for_locks, to_wait
 from kvtransport.transfer import LayerGate
 from kvtransport.types import Peer
 
@@ -106,9 +107,11 @@ class Endpoint:
         self._check()
         return self._acceptor.arrivals.take(timeout)
 
-    def connect(self, where: str | Sequence[str], timeout: float = 10, wait: bool = True) -> Connection:
+    def connect(
+        self, where: str | Sequence[str], timeout: float | None = 10, wait: bool = True
+    ) -> Connection:
         """Return the Connection to a peer, which may begin to listen later: it is tried until `timeout`
-        seconds.
+        seconds (None: for ever).
 
         where: an address, several of one peer, or a descriptor. To a peer that is connected: the same
         Connection.
@@ -118,29 +121,30 @@ class Endpoint:
         AuthenticationError: another user listens there. VersionMismatch, InsecureConfigError, NoCommonPath,
         and RemoteProtocolError, where something else listens. PeerLost("restarted"): not the one of the
         descriptor.
-        ValueError: malformed address.
+        ValueError: malformed address, or a timeout that is NaN.
         """
         self._check()
+        seconds = to_wait(timeout)
         if not wait:
-            return self._acceptor.connect_later(where, timeout)
-        future = self._acceptor.connect(where, timeout)
+            return self._acceptor.connect_later(where, seconds)
+        future = self._acceptor.connect(where, seconds)
         try:
-            return future.result(timeout + _GRACE_S)
+            return future.result(for_locks(seconds + _GRACE_S))
         except concurrent.futures.TimeoutError as e:
             if future.done():
                 raise
             raise ConnectTimeout(
-                f"no connection to {where} within {timeout:g} s: this process was too busy"
+                f"no connection to {where} within {seconds:g} s: this process was too busy"
             ) from e
         finally:
             future.cancel()  # ends the tries of who was interrupted
 
-    async def connect_async(self, where: str | Sequence[str], timeout: float = 10) -> Connection:
+    async def connect_async(self, where: str | Sequence[str], timeout: float | None = 10) -> Connection:
         """Do what `connect` does, without blocking the event loop. Cancelling the task ends the tries."""
         import asyncio  # which takes longer to import than the rest of the package
 
         self._check()
-        return await asyncio.wrap_future(self._acceptor.connect(where, timeout))
+        return await asyncio.wrap_future(self._acceptor.connect(where, to_wait(timeout)))
 
     def connections(self) -> list[Connection]:
         """Return the Connections that are open."""
@@ -153,7 +157,7 @@ class Endpoint:
         timeout: seconds to wait for the first; 0: don't; None: for ever. An empty list when there was none.
         """
         self._check()
-        found = self._engine.recv_messages(-1.0 if timeout is None else max(0.0, timeout))
+        found = self._engine.recv_messages(to_wait(timeout))
         if not found:
             self._check()  # closed while this waited
         named = ((self._acceptor.roster.by_session(session), data) for session, data in found)

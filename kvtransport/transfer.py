@@ -18,6 +18,7 @@ from kvtransport import _native
 from kvtransport.completion import LoopBridges
 from kvtransport.errors import BackendUnavailable, ForkedProcessError, LocalProtocolError, WaitTimeout
 from kvtransport.memory.pool import BlockPool
+from kvtransport.seconds import to_wait
 from kvtransport.types import LayerName, TransferResult, TransferState
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ class Handle(abc.ABC, Generic[Outcome]):
         timeout: seconds; None: as long as it takes (its own limits bound that). WaitTimeout if it hasn't ended
         by then: it goes on, and may be asked again.
         """
-        if not self.native.wait(-1.0 if timeout is None else max(0.0, timeout)):
+        if not self.native.wait(to_wait(timeout)):
             raise WaitTimeout(f"not done after {timeout} s; it goes on")
         return self._finished()
 
@@ -131,7 +132,7 @@ class Transfer(Handle[TransferResult]):
         if stream is not None:
             raise no_streams()
         index = self._pool.layer_index(layer)
-        if not self.native.wait_layer(index, -1.0 if timeout is None else max(0.0, timeout)):
+        if not self.native.wait_layer(index, to_wait(timeout)):
             raise WaitTimeout(f"layer {layer!r} hasn't landed after {timeout} s; the transfer goes on")
 
     def _cancel(self) -> None:
@@ -227,8 +228,7 @@ def wait(
     if return_when not in ("ALL_COMPLETED", "FIRST_COMPLETED"):
         raise ValueError(f"return_when is {return_when!r}, not 'ALL_COMPLETED' or 'FIRST_COMPLETED'")
     asked = list(handles)
-    limit = -1.0 if timeout is None else max(0.0, timeout)
-    _native.wait_many([handle.native for handle in asked], limit, return_when == "ALL_COMPLETED")
+    _native.wait_many([handle.native for handle in asked], to_wait(timeout), return_when == "ALL_COMPLETED")
     done = [handle for handle in asked if handle.done()]
     ended = set(map(id, done))
     return Waited(done, [handle for handle in asked if id(handle) not in ended])

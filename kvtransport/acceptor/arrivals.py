@@ -15,6 +15,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Final
 
 from kvtransport.errors import ConnectionClosed, WaitTimeout
+from kvtransport.seconds import for_locks, to_wait
 
 if TYPE_CHECKING:
     from kvtransport.connection import Connection
@@ -42,8 +43,9 @@ class Arrivals:
 
     def take(self, timeout: float | None) -> Connection:
         """Return the oldest; waits for one. WaitTimeout; ConnectionClosed after `close`."""
+        limit = for_locks(to_wait(timeout))
         with self._changed:
-            if not self._changed.wait_for(lambda: self._queue or self._closed, timeout):
+            if not self._changed.wait_for(lambda: self._queue or self._closed, limit):
                 raise WaitTimeout(f"no peer has connected within {timeout:g} s")
             if self._closed:
                 raise ConnectionClosed("the endpoint is closed")

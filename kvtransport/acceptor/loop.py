@@ -24,9 +24,12 @@ import time
 from collections import deque
 from collections.abc import Callable
 from functools import partial
-from typing import cast
+from typing import Final, cast
 
 _log = logging.getLogger("kvtransport.acceptor")
+
+WAIT_MAX_S: Final = 3600.0
+"""Of one sleep: the kernel counts milliseconds in an int, so that 25 days are too many for it."""
 
 
 class Loop:
@@ -122,7 +125,7 @@ class Loop:
             os.close(wake_fd)
 
     def _turn(self) -> None:
-        timeout = self._timers[0][0] - self.now() if self._timers else None
+        timeout = min(self._timers[0][0] - self.now(), WAIT_MAX_S) if self._timers else None
         before = self.now()
         ready = self._selector.select(timeout)
         now = self.now()

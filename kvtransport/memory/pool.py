@@ -21,6 +21,7 @@ from kvtransport.memory.allocation import HostMemory, LayerArray, layer_arrays
 from kvtransport.memory.layout import BlockLayout, LayerGroup
 from kvtransport.memory.plan import MAX_LAYERS, MAX_NAME_NBYTES, Group, PoolPlan, describe
 from kvtransport.memory.region import Watch
+from kvtransport.seconds import to_wait
 from kvtransport.types import Heads, LayerName
 
 if TYPE_CHECKING:
@@ -121,7 +122,7 @@ class BlockPool:
         """
         if self._closed:
             return
-        if not self.native.close(-1.0 if timeout is None else max(0.0, timeout)):
+        if not self.native.close(to_wait(timeout)):
             raise WaitTimeout(
                 f"{self!r} is still used by {self.native.in_use()} transfers after {timeout} s, and so is "
                 "its memory; cancel them, or wait for them and close again",

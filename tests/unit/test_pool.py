@@ -86,7 +86,7 @@ def test_close_waits_and_is_idempotent() -> None:
 def test_close_without_limit() -> None:
     native = RecordingPool()
     pool_of(arrays(), native).close(timeout=None)
-    assert native.timeouts == [-1.0]
+    assert native.timeouts == [float("inf")]
 
 
 def test_close_while_in_use_raises_and_keeps_the_memory() -> None:
