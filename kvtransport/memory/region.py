@@ -203,13 +203,18 @@ def _of_numpy(array: Any, *, keep: object = None) -> Region:
         shape=array.shape,
         strides=array.strides,
         itemsize=array.itemsize,
-        dtype=array.dtype.name,
+        dtype=_numpy_name(array.dtype),
         writable=array.flags.writeable,
         source=Source((array, owner, keep), tuple(probes)),
     )
     if owner is not None:
         _check_within(region, owner.__array_interface__["data"][0], owner.nbytes)
     return region
+
+
+def _numpy_name(dtype: Any) -> str:
+    """Return the name of an element's type. One whose bytes are in the other order is none that a layout has."""
+    return str(dtype.name) if dtype.isnative else f"{dtype.name} in the other byte order ({dtype.str})"
 
 
 def _numpy_owner(array: Any) -> Any:

@@ -242,6 +242,17 @@ REFUSALS: list[tuple[Any, dict[str, Any], str]] = [
     ),
     ([counted(5, 2, 4, 6).astype("float32")], {}, "expected dtype uint16, got float32"),
     ([counted(5, 2, 4, 6)], {"dtype": "float16"}, "expected dtype float16, got uint16"),
+    (
+        [counted(5, 2, 4, 6).astype(">u2")],
+        {},
+        r"expected dtype uint16, got uint16 in the other byte order \(>u2\)",
+    ),
+    ([memoryview(counted(5, 2, 4, 6).astype(">u2"))], {}, r"in the other byte order \(>u2\)"),
+    (
+        [counted(5, 2, 4, 6).astype(">u2")],
+        {"dtype": "bfloat16"},
+        "expected dtype bfloat16, got uint16 in the other",
+    ),
     ([], {}, "no tensors"),
     ({}, {}, "no tensors"),
 ]
@@ -251,6 +262,11 @@ REFUSALS: list[tuple[Any, dict[str, Any], str]] = [
 def test_refusals(tensors: Any, fields: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         describe(tensors, layout(**fields))
+
+
+def test_opaque_blocks_are_bytes_in_whatever_order() -> None:
+    for array in (counted(5, 6).astype(">u2"), memoryview(counted(5, 6).astype(">u2"))):
+        assert describe([array]).layers[0].piece_nbytes == 12
 
 
 @pytest.mark.parametrize(
