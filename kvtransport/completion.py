@@ -117,7 +117,7 @@ class LoopBridges:
     def __init__(self, make_queue: Any) -> None:
         """`make_queue()` returns a fresh native queue."""
         self._make_queue = make_queue
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # the garbage collector may close them within `here`
         self._bridges: dict[asyncio.AbstractEventLoop, LoopBridge] = {}
 
     def here(self) -> LoopBridge:

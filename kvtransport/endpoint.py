@@ -15,7 +15,7 @@ import errno
 import os
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Final
 
@@ -186,7 +186,7 @@ class Endpoint:
         """
         self._check()
         made = pools.register(
-            self._engine, tensors, layout, name=name, groups=groups, on_close=self._pool_closed
+            self._engine, tensors, layout, name=name, groups=groups, on_close=self._forget_pool()
         )
         return self._keep(made)
 
@@ -216,7 +216,7 @@ class Endpoint:
             nbytes=nbytes,
             name=name,
             layer_names=layer_names,
-            on_close=self._pool_closed,
+            on_close=self._forget_pool(),
         )
         return self._keep(made) if isinstance(made, BlockPool) else made
 
@@ -313,9 +313,19 @@ class Endpoint:
             self._pools.add(made)
         return made
 
-    def _pool_closed(self, pool: BlockPool) -> None:
-        with self._lock:
-            self._pools.discard(pool)
+    def _forget_pool(self) -> Callable[[BlockPool], None]:
+        """Return what a pool calls when it is closed. A pool doesn't keep its endpoint, which keeps the pool:
+        an endpoint that is forgotten ends at once, not in the midst of what the garbage collector interrupts.
+        """
+        endpoint = weakref.ref(self)
+
+        def forget(pool: BlockPool) -> None:
+            owner = endpoint()
+            if owner is not None:
+                with owner._lock:
+                    owner._pools.discard(pool)
+
+        return forget
 
 
 def _engine(incarnation: bytes, config: Config) -> _native.Engine:

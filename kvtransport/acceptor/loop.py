@@ -45,7 +45,9 @@ class Loop:
         self._posted: deque[Callable[[], None]] = deque()
         self._stopping = False
         self._stopped = threading.Event()
-        self._state = threading.Lock()  # of _posted against _stopping
+        # Of _posted against _stopping. The garbage collector may end a forgotten endpoint, and with it this
+        # thread, within any step that allocates: in the very thread that holds the lock.
+        self._state = threading.RLock()
         self._last: Callable[[], None] | None = None
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self.watch(self._wake_fd, selectors.EVENT_READ, self._woken)
@@ -62,7 +64,7 @@ class Loop:
             if self._stopping:
                 return False
             self._posted.append(call)
-            if len(self._posted) == 1:
+            if len(self._posted) == 1 and self._wake_fd >= 0:
                 os.eventfd_write(self._wake_fd, 1)
         return True
 

@@ -18,7 +18,9 @@ from kvtransport.backends.base import Viability
 PREFIX: Final = "inproc:"
 
 _doors: weakref.WeakValueDictionary[bytes, Any] = weakref.WeakValueDictionary()
-_lock = threading.Lock()
+"""Without a lock: each use is one step of a dict. An endpoint that is forgotten leaves whenever the garbage
+collector finds it, which may be within a step of another one, in the same thread.
+"""
 
 joining = threading.Lock()
 """Held while two endpoints are joined: two that do it at once make one session."""
@@ -53,19 +55,16 @@ class InprocBackend:
 
     def find(self, incarnation: bytes) -> Any | None:
         """Return what the endpoint of that incarnation has entered; None: it isn't in this process."""
-        with _lock:
-            door = _doors.get(incarnation)
+        door = _doors.get(incarnation)
         return door if door is not None and door.pid == os.getpid() else None
 
     def enter(self, incarnation: bytes, door: Any) -> None:
         """Let an endpoint be found. `door`: for who finds it; it has the attribute `pid`. Held weakly."""
-        with _lock:
-            _doors[incarnation] = door
+        _doors[incarnation] = door
 
     def leave(self, incarnation: bytes) -> None:
         """End that."""
-        with _lock:
-            _doors.pop(incarnation, None)
+        _doors.pop(incarnation, None)
 
 
 def address_of(incarnation: bytes) -> str:
@@ -75,8 +74,8 @@ def address_of(incarnation: bytes) -> str:
 
 def _renew_after_fork() -> None:
     """Let no lock stay held by a thread that a forked child doesn't have."""
-    global _lock, joining
-    _lock, joining = threading.Lock(), threading.Lock()
+    global joining
+    joining = threading.Lock()
 
 
 os.register_at_fork(after_in_child=_renew_after_fork)
