@@ -10,12 +10,13 @@ but `result`, `wait_layer` and `wait` blocks.
 from __future__ import annotations
 
 import abc
+import contextlib
 import ctypes
 from collections.abc import Generator, Iterable
 from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypeVar
 
 from kvtransport import _native
-from kvtransport.completion import LoopBridges
+from kvtransport.completion import LoopBridge, LoopBridges
 from kvtransport.errors import BackendUnavailable, ForkedProcessError, LocalProtocolError, WaitTimeout
 from kvtransport.memory.pool import BlockPool
 from kvtransport.seconds import to_wait
@@ -58,7 +59,7 @@ class Handle(abc.ABC, Generic[Outcome]):
         return self._finished()
 
     def __await__(self) -> Generator[Any, None, Outcome]:
-        """Like `result`, on an event loop. Cancelling the awaiting task cancels a transfer."""
+        """Like `result`, on an event loop. Cancelling the awaiting task cancels a transfer; a message goes on."""
         return self._wait_async().__await__()
 
     async def _wait_async(self) -> Outcome:
@@ -69,18 +70,12 @@ class Handle(abc.ABC, Generic[Outcome]):
             try:
                 await bridge.ended(self.native)
             except CancelledError:
-                self._cancel()
-                # The caller may touch the blocks once this await is left: not before no byte of it can land.
-                while not self.native.done():
-                    try:
-                        await bridge.ended(self.native)
-                    except CancelledError:
-                        continue
+                await self._left(bridge)
                 raise
         return self._finished()
 
-    def _cancel(self) -> None:
-        """What the cancellation of an awaiting task does."""
+    async def _left(self, bridge: LoopBridge) -> None:
+        """What the cancellation of an awaiting task does before it goes on."""
 
     @abc.abstractmethod
     def _finished(self) -> Outcome:
@@ -135,8 +130,14 @@ class Transfer(Handle[TransferResult]):
         if not self.native.wait_layer(index, to_wait(timeout)):
             raise WaitTimeout(f"layer {layer!r} hasn't landed after {timeout} s; the transfer goes on")
 
-    def _cancel(self) -> None:
+    async def _left(self, bridge: LoopBridge) -> None:
+        """Cancel. The caller may touch the blocks once the await is left: not before no byte of it can land."""
+        from asyncio import CancelledError
+
         self.native.cancel()
+        while not self.native.done():
+            with contextlib.suppress(CancelledError):
+                await bridge.ended(self.native)
 
     def _finished(self) -> TransferResult:
         outcome = self.native.result()

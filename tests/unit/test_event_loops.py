@@ -127,3 +127,29 @@ def test_loops_that_have_ended_are_forgotten(link):
     for _ in range(5):
         asyncio.run(main())
     assert descriptors() <= before
+
+
+@pytest.mark.timeout(60)
+def test_a_message_that_waits_can_be_left_and_goes_on(endpoint):
+    ours, theirs = endpoint(), endpoint()
+    connection = ours.connect(theirs.listen("127.0.0.1:0"))
+    peer = theirs.accept(LIMIT_S)
+    pool, into = (one.register(np.zeros((2, 64), np.uint8)) for one in (ours, theirs))
+
+    async def main():
+        transfer = connection.send_blocks(pool, [0], key="k")
+        message = connection.send_message(b"after", after=transfer)
+        task = await awaiting(message)
+        task.cancel()
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert task.cancelled()
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(message, 0.01)
+        assert not message.done()
+        assert not transfer.done()
+        await peer.recv_blocks(into, [0], key="k")
+        await asyncio.wait_for(message, LIMIT_S)
+
+    asyncio.run(asyncio.wait_for(main(), 2 * LIMIT_S))
+    assert [data for _, data in theirs.recv_messages(timeout=LIMIT_S)] == [b"after"]
