@@ -52,6 +52,7 @@ class Connection:
         self._lock = threading.Lock()
         self._error: KVTransportError | None = None
         self._opened = threading.Event()
+        self._on_close: Callable[[], None] | None = None  # who dials for it, before there is a session
         self._session = session or endpoint.engine.new_session(os.urandom(16))
         self._session.set_peer(str(peer))
         if session is not None:
@@ -202,6 +203,8 @@ class Connection:
     def close(self) -> None:
         """End the connection: what is unfinished here raises ConnectionClosed, the peer gets PeerLost(closed)."""
         self._end(ConnectionClosed("this connection was closed here"), "local")
+        if self._on_close is not None:
+            self._on_close()
 
     def __enter__(self) -> Connection:
         """Return itself."""
@@ -221,17 +224,18 @@ class Connection:
 
     def _attach(
         self, session: _native.Session, *, peer: Peer | None = None, backend_name: str | None = None
-    ) -> None:
-        """The handshake is over: `session` takes over what was posted."""
+    ) -> bool:
+        """The handshake is over: `session` takes over what was posted. False: this was closed, or has one."""
         with self._lock:
             if self._opened.is_set() or self._error is not None:
-                return
+                return False
             before, self._session = self._session, session
             self.peer = peer or self.peer
             self._backend_name = backend_name or self._backend_name
             self._opened.set()
         session.set_peer(str(self.peer))
         session.adopt(before)
+        return True
 
     def _lost(self, cause: str, detail: str) -> None:
         """The session ended, or its peer was found to have restarted."""

@@ -142,7 +142,8 @@ class Acceptor:
             if connection is None or connection.state == "lost":
                 peer = Peer(place.expected or b"", address=place.addresses[0])
                 connection = self._premade[place] = self._make_connection(peer, "", None)
-        request = Request(Future(), timeout_s, self.loop.now() + timeout_s)
+                connection._on_close = partial(self._on_close, place, connection)
+        request = Request(Future(), timeout_s, self.loop.now() + timeout_s, connection)
         if not self.loop.post(lambda: self._serve(place, request)):
             connection._fail(ConnectionClosed("the endpoint is closed"))
         return connection
@@ -220,11 +221,11 @@ class Acceptor:
             uid=found.proof.uid if found.proof else None,
         )
         waiting = [wanted] if wanted else self._waiting_for(hello.incarnation)
-        connection = next((w.connection for w in waiting if w.connection is not None), None)
+        made_before = (w.connection for w in waiting if w.connection is not None)
+        name = found.backend_name
+        connection = next((c for c in made_before if c._attach(session, peer=peer, backend_name=name)), None)
         if connection is None:
-            connection = self._make_connection(peer, found.backend_name, session)
-        else:
-            connection._attach(session, peer=peer, backend_name=found.backend_name)
+            connection = self._make_connection(peer, name, session)
         self.roster.opened(found, session, connection, ready=ready)
         if not waiting:
             self.arrivals.put(connection)
@@ -303,13 +304,15 @@ class Acceptor:
         return next((connection for connection in found if connection is not None), None)
 
     def _serve(self, place: Place, request: Request) -> None:
+        if request.connection is not None and request.connection.state == "lost":
+            return  # closed before its first try
         dial = self._dials.get(place)
         if dial is None:
             dial = self._dials[place] = Dial(self, place)
         request.future.add_done_callback(partial(self._on_cancel, dial))
         with self._lock:
             premade = self._premade.get(place)
-        if dial.connection is None and premade is not None and premade.state == "connecting":
+        if premade is not None and premade.state == "connecting":  # else what the dial has was closed
             dial.connection = premade
         dial.add(request)
         dial.on_roster()
@@ -319,6 +322,16 @@ class Acceptor:
         """End a Dial whose last request was cancelled. Called by whoever settles the future."""
         if future.cancelled():
             self.loop.post(lambda: dial.on_time(self.loop.now()))
+
+    def _on_close(self, place: Place, connection: Connection) -> None:
+        """A Connection that was made before its session is closed: end its Dial, if nobody else waits."""
+
+        def forget() -> None:
+            dial = self._dials.get(place)
+            if dial is not None:
+                dial.forget(connection)
+
+        self.loop.post(forget)
 
     # --- what happens ------------------------------------------------------------------------------------
 

@@ -44,11 +44,12 @@ class ConnectTimeout(KVTransportError, TimeoutError):
 
 @dataclass(eq=False)
 class Request:
-    """One who waits for the peer."""
+    """One who waits for the peer. `connection`: what he was given already (`connect(wait=False)`)."""
 
     future: Future[Connection]
     timeout_s: float
     deadline: float
+    connection: Connection | None = None
 
 
 class Dial:
@@ -80,8 +81,17 @@ class Dial:
         self._timeout_s = request.timeout_s
         self._acceptor.loop.call_at(request.deadline, self.on_time)
 
+    def forget(self, connection: Connection) -> None:
+        """Serve those no more who were given this Connection: it was closed."""
+        if self.connection is connection:
+            self.connection = None
+        self._requests = [request for request in self._requests if request.connection is not connection]
+        self._expire(self._acceptor.loop.now())
+
     def wants(self, incarnation: bytes) -> bool:
-        """Say whether it is known that this peer is the one."""
+        """Say whether it is known that this peer is the one, and not all who waited have closed what they got."""
+        if all(r.connection is not None and r.connection.state == "lost" for r in self._requests):
+            return False
         met = self._attempt.hello if self._attempt else self._met
         return incarnation == (met.incarnation if met else self.expected)
 

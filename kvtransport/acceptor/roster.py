@@ -92,8 +92,16 @@ class Entry:
     connections: list[Connection] = field(default_factory=list)
 
     def usable(self) -> bool:
-        """Say whether its Connection can be given out: its lanes are there, and it isn't just ending."""
-        return self.ready and self.connections[0].state != "lost"
+        """Say whether its Connections can be given out: its lanes are there, and it isn't just ending."""
+        return self.ready and all(connection.state != "lost" for connection in self.connections)
+
+
+@dataclass
+class Lost:
+    """A Connection whose session is lost, while messages of it wait for `Endpoint.recv_messages`."""
+
+    connection: Connection
+    messages_waiting: int
 
 
 class Roster:
@@ -177,11 +185,13 @@ class Roster:
                 return None
             if address:
                 entry.dialled.add(address)
-            if connection is not None and connection not in entry.connections:
-                entry.connections.append(connection)
-                name = entry.found.backend_name if entry.found else ""
-                connection._attach(entry.session, peer=entry.connections[0].peer, backend_name=name)
-            return connection or entry.connections[0]
+            if connection is None or connection in entry.connections:
+                return connection or entry.connections[0]
+            name = entry.found.backend_name if entry.found else ""
+            if not connection._attach(entry.session, peer=entry.connections[0].peer, backend_name=name):
+                return entry.connections[0]  # it was closed meanwhile
+            entry.connections.append(connection)
+            return connection
 
     def at(self, address: str) -> Connection | None:
         """Return the Connection to who was found, or says to listen, at an address."""

@@ -37,6 +37,7 @@ class Connection:
 
     def _attach(self, session, *, peer, backend_name):
         self.attached.append((session, peer, backend_name))
+        return self.state != "lost"
 
 
 def found(incarnation, *, address=None, addresses=(), reachability=HERE):

@@ -1,0 +1,96 @@
+"""Connections that were given out before their session (`connect(wait=False)`), and closed at any time."""
+
+import random
+import threading
+
+import pytest
+
+from kvtransport.errors import ConnectionClosed, WaitTimeout
+
+LIMIT_S = 20
+pytestmark = pytest.mark.timeout(120)
+
+
+def messages_pass(one, other):
+    """Two ends of one session."""
+    one.send_message(b"there").result(LIMIT_S)
+    other.send_message(b"back").result(LIMIT_S)
+
+
+def test_closed_while_nobody_is_there(endpoint, turns, free_port):
+    ours, theirs = endpoint(), endpoint()
+    where = f"127.0.0.1:{free_port}"
+    early = ours.connect(where, timeout=60, wait=False)
+    turns.until(lambda: ours._acceptor._dials)
+    early.close()
+    turns.until(lambda: not ours._acceptor._dials)  # nobody waits any more: nobody dials
+    assert not ours._acceptor._premade
+    theirs.listen(where)
+    with pytest.raises(WaitTimeout):
+        theirs.accept(timeout=0.2)
+    later = ours.connect(where, timeout=LIMIT_S)
+    assert later is not early
+    messages_pass(later, theirs.accept(LIMIT_S))
+    assert early.state == "lost"
+    with pytest.raises(ConnectionClosed):
+        early.send_message(b"late")
+
+
+@pytest.mark.parametrize("wait", [True, False])
+def test_closed_while_another_waits_for_the_same_peer(endpoint, turns, free_port, wait):
+    ours, theirs = endpoint(), endpoint()
+    where = f"127.0.0.1:{free_port}"
+    early = ours.connect(where, timeout=60, wait=False)
+    patient = ours._acceptor.connect(where, 60)
+    turns.until(lambda: ours._acceptor._dials)
+    early.close()
+    later = None if wait else ours.connect(where, timeout=60, wait=False)
+    theirs.listen(where)
+    found = patient.result(LIMIT_S)
+    assert found is not early
+    assert later in (None, found)
+    messages_pass(found, theirs.accept(LIMIT_S))
+
+
+def test_a_timeout_of_its_own_after_the_one_before_was_closed(endpoint, turns, free_port):
+    ours = endpoint()
+    where = f"127.0.0.1:{free_port}"
+    ours.connect(where, timeout=60, wait=False).close()
+    later = ours.connect(where, timeout=0.2, wait=False)
+    turns.until(lambda: later.state == "lost")
+    assert "within 0.2 s" in str(later._error)
+
+
+def test_the_peers_dial_is_not_given_to_what_was_closed(endpoint):
+    ours, theirs = endpoint(), endpoint()
+    at_ours = ours.listen("127.0.0.1:0")
+    elsewhere = theirs.descriptor().replace("@", "@127.0.0.1:1")
+    inside, go = threading.Event(), threading.Event()
+    early = ours.connect(elsewhere, timeout=60, wait=False)
+    ours._acceptor.loop.post(lambda: (inside.set(), go.wait(LIMIT_S)))
+    assert inside.wait(LIMIT_S)
+    early._on_close = None  # the thread hasn't heard of it yet
+    early.close()
+    go.set()
+    found = theirs.connect(at_ours, timeout=LIMIT_S)
+    (accepted,) = ours.connections()
+    assert accepted is not early
+    assert ours.accept(LIMIT_S) is accepted
+    messages_pass(found, accepted)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_closed_at_any_time(endpoint, turns, seed):
+    order = random.Random(seed)
+    ours, theirs = endpoint(), endpoint()
+    where = theirs.listen("127.0.0.1:0")
+    for _ in range(5):
+        early = ours.connect(where, timeout=60, wait=False)
+        pause = threading.Event()
+        threading.Timer(order.random() * 0.004, pause.set).start()
+        pause.wait(LIMIT_S)
+        early.close()
+    later = ours.connect(where, timeout=LIMIT_S)
+    later.send_message(b"here").result(LIMIT_S)
+    turns.until(lambda: not ours._acceptor._dials and not ours._acceptor._premade)
+    assert ours.connections() == [later]
