@@ -95,14 +95,15 @@ class Attempt:
         self._proof: LinkProof | None = None
         self._prove_s = PROVE_FIRST_S
         self._due = NEVER
+        self._try_s = self._deadline = NEVER
         self._terms: Terms | None = None
         self._session: _native.Session | None = None
         self._lanes: list[Lane] = []
 
     # --- for the Dial ------------------------------------------------------------------------------------
 
-    def begin(self, connect_s: float) -> None:
-        """Dial; give up if the socket isn't connected after `connect_s`."""
+    def begin(self, try_s: float) -> None:
+        """Dial; give up if the handshake isn't over after `try_s`, unless another one with the peer goes first."""
         try:
             self._backend.demand_allowed(self.target, self._acceptor.policy)
             sock = self._backend.dial(self.target)
@@ -115,17 +116,16 @@ class Attempt:
         machine = self._acceptor.machine(Role.INITIATOR, self._backend, self.target)
         machine.start()
         self._channel = Channel(sock, machine)
-        self._wake_in(connect_s)
+        self._try_s, self._deadline = try_s, self._acceptor.loop.now() + try_s
+        self._acceptor.loop.call_at(self._deadline, self.on_time)
         self._acceptor.loop.watch(sock, selectors.EVENT_WRITE, self._on_connected)
 
     def on_time(self, now: float) -> None:
         """Do what is due."""
-        if self._due > now:
-            return
-        self._due = NEVER
-        if self.state is State.CONNECT:
-            self._fail("the connect timed out")
-        elif self.state is State.PROVE:
+        if self._deadline <= now and self.state in (State.CONNECT, State.PROVE, State.TALK):
+            self._fail(f"{self.target} took longer than {self._try_s:g} s: {self.state.value}")
+        elif self._due <= now and self.state is State.PROVE:
+            self._due = NEVER
             self._prove()
 
     def on_roster(self) -> None:

@@ -32,8 +32,10 @@ if TYPE_CHECKING:
 
 PAUSE_FIRST_S: Final = 0.02
 PAUSE_LAST_S: Final = 0.5
-CONNECT_S: Final = 1.0
-"""How long one address may take to connect while others are left to try."""
+TRY_S: Final = 1.0
+"""How long one address may take, from the dial to the end of the handshake, where there are others to try.
+Twice as long in each further round: a peer may be slow.
+"""
 
 
 class ConnectTimeout(KVTransportError, TimeoutError):
@@ -65,6 +67,8 @@ class Dial:
         self._timeout_s = 0.0  # of the last request
         self._due = 0.0
         self._pause_s = PAUSE_FIRST_S
+        self._try_s = TRY_S
+        self._several = len(place.addresses) > 1
         self._addresses_left: deque[str] = deque()
         self._targets_left: deque[tuple[StreamBackend, Target]] = deque()
         self._attempt: Attempt | None = None
@@ -158,9 +162,8 @@ class Dial:
             return
         if self._targets_left:
             backend, target = self._targets_left.popleft()
-            others = self._targets_left or self._addresses_left
             self._attempt = Attempt(self._acceptor, self, backend, target)
-            self._attempt.begin(CONNECT_S if others else NEVER)
+            self._attempt.begin(self._try_s if self._several else NEVER)
         elif self._addresses_left:
             self._find(self._addresses_left.popleft())
         elif self._final is not None:
@@ -172,6 +175,7 @@ class Dial:
         self._due = self._acceptor.loop.now() + self._pause_s
         self._acceptor.loop.call_at(self._due, self.on_time)
         self._pause_s = min(2 * self._pause_s, PAUSE_LAST_S)
+        self._try_s *= 2
 
     def _find(self, where: str) -> None:
         """Make targets of an address, or join an endpoint of this process."""
@@ -194,6 +198,7 @@ class Dial:
         if isinstance(targets, Exception):
             self.failed(str(targets))
         else:
+            self._several = self._several or len(targets) > 1
             self._targets_left.extend((backend, target) for target in targets)
             self._next()
 
