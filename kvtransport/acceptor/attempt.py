@@ -20,9 +20,9 @@ import errno
 import os
 import selectors
 import socket
-import time
 from typing import TYPE_CHECKING, Final, Protocol
 
+from kvtransport.acceptor import proof
 from kvtransport.acceptor.channel import Channel, ClosedByPeer
 from kvtransport.acceptor.lanes import Lane, LaneState
 from kvtransport.acceptor.roster import Found, Ruling
@@ -44,11 +44,6 @@ if TYPE_CHECKING:
     from kvtransport.acceptor.acceptor import Acceptor
     from kvtransport.connection import Connection
 
-NAPS: Final = 4
-NAP_S: Final = 0.00005
-"""The other end is mostly accepted within 100 us; a timer has the selector's grain, 1 ms."""
-PROVE_FIRST_S: Final = 0.001
-PROVE_LAST_S: Final = 0.05
 NEVER: Final = float("inf")
 
 
@@ -93,7 +88,7 @@ class Attempt:
         self._backend = backend
         self._channel: Channel | None = None
         self._proof: LinkProof | None = None
-        self._prove_s = PROVE_FIRST_S
+        self._prove_s = proof.AGAIN_FIRST_S
         self._due = NEVER
         self._try_s = self._deadline = NEVER
         self._terms: Terms | None = None
@@ -188,12 +183,8 @@ class Attempt:
     def _prove(self) -> None:
         channel = self._talking()
         try:
-            for _ in range(NAPS):
-                self._proof = self._backend.prove(channel.sock, self._acceptor.policy)
-                if self._proof is not None:
-                    break
-                self._demand_open(channel.sock)
-                time.sleep(NAP_S)
+            policy = self._acceptor.policy
+            self._proof = proof.ask(self._backend, channel.sock, policy, self._demand_open)
         except OSError as e:
             self._fail_os(e)
         except (AuthenticationError, RemoteProtocolError) as e:
@@ -201,7 +192,7 @@ class Attempt:
         else:
             if self._proof is None:
                 self._wake_in(self._prove_s)
-                self._prove_s = min(2 * self._prove_s, PROVE_LAST_S)
+                self._prove_s = min(2 * self._prove_s, proof.AGAIN_LAST_S)
                 return
             self._due = NEVER
             self.state = State.TALK

@@ -1,13 +1,14 @@
 """The initiator's lanes: dialled after the handshake, joined to the session by a fixed-size exchange.
 
-Here: dial, preamble and JOIN, the answer, again if the answer is no. Not here: the accepting side (native),
+Here: dial, proof, preamble and JOIN, the answer, again if the answer is no. Not here: the accepting side (native),
 chunks.
 
 A JOIN is refused while the peer has not opened the session yet: CONFIRM is on its way to its Python, and
 lanes overtake it. So it is tried again, from 2 ms to 200 ms later, until the session is lost or the dial's
 time is over.
 
-Invariant: each lane number is given to the session once; a socket that isn't is closed.
+Invariant: each lane number is given to the session once; a socket that isn't is closed. The session's id is told
+to nobody who isn't proved: the port may have become another user's since the handshake.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import socket
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
+from kvtransport.acceptor import proof
+from kvtransport.acceptor.channel import has_hung_up
 from kvtransport.backends.base import StreamBackend, Target
 from kvtransport.errors import AuthenticationError, KVTransportError, RemoteProtocolError
 from kvtransport.protocol import messages
@@ -56,6 +59,7 @@ class Lane:
         self._session = session
         self._on_change = on_change
         self._delay = RETRY_FIRST_S
+        self._prove_s = proof.AGAIN_FIRST_S
         self._sock: socket.socket | None = None
         self._answer = b""
 
@@ -63,7 +67,7 @@ class Lane:
         """Begin a try."""
         if self.state is not LaneState.PAUSE:
             return
-        self._answer = b""
+        self._answer, self._prove_s = b"", proof.AGAIN_FIRST_S
         try:
             sock = self._backend.dial(self._target)
         except OSError as e:
@@ -74,13 +78,17 @@ class Lane:
         self._acceptor.loop.watch(sock, selectors.EVENT_WRITE, self.on_ready)
 
     def on_ready(self) -> None:
-        """Go on when the socket is ready."""
+        """Go on when the socket is ready, or the other end may be known."""
         sock = self._sock
         if sock is None:
             return
         try:
             if self.state is LaneState.CONNECT:
-                self._send_join(sock)
+                self._acceptor.loop.unwatch(sock)
+                self._backend.dialled(sock)
+                self.state = LaneState.PROVE
+            if self.state is LaneState.PROVE:
+                self._prove(sock)
             elif self._read_answer(sock):
                 self._join(sock)
         except OSError as e:
@@ -99,8 +107,19 @@ class Lane:
         if self.state is not LaneState.JOINED:
             self.state = LaneState.OVER
 
+    def _prove(self, sock: socket.socket) -> None:
+        if proof.ask(self._backend, sock, self._acceptor.policy, _demand_open) is not None:
+            self._send_join(sock)
+            return
+        loop = self._acceptor.loop
+        loop.call_at(loop.now() + self._prove_s, lambda now: self._prove_again(sock))
+        self._prove_s = min(2 * self._prove_s, proof.AGAIN_LAST_S)
+
+    def _prove_again(self, sock: socket.socket) -> None:
+        if self.state is LaneState.PROVE and self._sock is sock:
+            self.on_ready()
+
     def _send_join(self, sock: socket.socket) -> None:
-        self._backend.dialled(sock)
         preamble = Preamble(messages.VERSION_MIN, messages.VERSION_MAX, Kind.LANE, SUITE_NULL)
         join = messages.encode_join(self._session.id, self.number, os.urandom(16))
         data = preamble.encode() + join
@@ -126,8 +145,6 @@ class Lane:
             raise RemoteProtocolError(f"JOIN of lane {self.number} was answered for lane {answer.lane}")
         if not answer.ok:
             raise OSError("the peer doesn't know the session")
-        if self._backend.prove(sock, self._acceptor.policy) is None:
-            raise OSError("the other end of the lane is gone")
         self._acceptor.loop.unwatch(sock)
         self._sock = None
         self.state = LaneState.JOINED
@@ -143,11 +160,17 @@ class Lane:
         self._delay = min(2 * self._delay, RETRY_LAST_S)
 
 
+def _demand_open(sock: socket.socket) -> None:
+    if has_hung_up(sock):
+        raise OSError("closed by the peer before it was known")
+
+
 class LaneState(enum.Enum):
     """Where a lane is."""
 
     PAUSE = "until the next try"
     CONNECT = "dialled"
+    PROVE = "the other end isn't known yet"
     JOIN = "JOIN sent"
     JOINED = "given to the session"
     OVER = "given up"
