@@ -35,6 +35,7 @@ from kvtransport.config import Config, available_cpus, default_lanes
 from kvtransport.errors import ConnectionClosed, KVTransportError
 from kvtransport.protocol import messages
 from kvtransport.protocol.auth import NullSuite
+from kvtransport.protocol.descriptor import Descriptor, demand_fits
 from kvtransport.protocol.handshake import Handshake
 from kvtransport.protocol.messages import Hello, Limits, Role, printable
 from kvtransport.types import Peer, Protection
@@ -102,10 +103,13 @@ class Acceptor:
             self._places.stream(address)
         listener = backend.listen(where, self.policy)
         try:
+            addresses = list(advertise) or [listener.reachable_as]
             with self._lock:
-                addresses = list(advertise) or [listener.reachable_as]
                 if len(self._advertised) + len(addresses) > messages.ADDRESSES_MAX:
                     raise ValueError(f"an endpoint has at most {messages.ADDRESSES_MAX} addresses")
+                # Peers refuse a HELLO or a descriptor out of its bounds, and with it this endpoint.
+                messages.demand_addresses(addresses)
+                demand_fits(Descriptor(self.incarnation, (*self._advertised, *addresses)))
                 self._listeners[self.engine.add_listener(listener.fileno())] = (backend, listener)
                 self._advertised += addresses
         except BaseException:

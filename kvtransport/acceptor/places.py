@@ -100,7 +100,7 @@ class Places:
                 found: Sequence[Target] | OSError = backend.resolve(address)
             except OSError as e:
                 found = e
-            except UnicodeError as e:  # a label of the name is too long
+            except ValueError as e:  # a label of the name is too long
                 found = OSError(str(e))
             loop.post(lambda: done(backend, found))
 

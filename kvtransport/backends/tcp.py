@@ -205,7 +205,8 @@ def split_host_port(where: str) -> tuple[str, int]:
         host = host[1:-1]
     elif ":" in host:
         raise ValueError(f"{where!r}: an IPv6 address is written in brackets, like [::1]:7000")
-    if not colon or not host or not (port.isdecimal() and port.isascii()) or int(port) > 0xFFFF:
+    whole = colon and host and host.isprintable() and port.isdecimal() and port.isascii()
+    if not whole or int(port) > 0xFFFF:
         raise ValueError(
             f"{where!r}: an address is written 127.0.0.1:7000, [::1]:7000, name:7000 or unix:/path"
         )

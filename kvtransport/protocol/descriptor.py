@@ -43,6 +43,14 @@ def is_descriptor(where: str) -> bool:
     return re.match(r"kvt\d+:", where, re.ASCII) is not None
 
 
+def demand_fits(descriptor: Descriptor) -> None:
+    """Raise ValueError where it is longer than its readers take; then its addresses fit a HELLO, too."""
+    if (nchars := len(str(descriptor))) > MAX_CHARS:
+        raise ValueError(
+            f"all addresses of an endpoint together: a descriptor of {nchars} characters, not {MAX_CHARS}"
+        )
+
+
 def parse_descriptor(text: str) -> Descriptor:
     """Parse what `str(descriptor)` gave."""
     form = _FORM.fullmatch(text) if len(text) <= MAX_CHARS else None

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import enum
 import struct
+from collections.abc import Sequence
 from typing import Annotated, Final, TypeAlias
 
 import msgspec
@@ -39,6 +40,7 @@ KEY_ID_NBYTES: Final = 16
 
 LANES_MAX: Final = 64
 ADDRESSES_MAX: Final = 16
+ADDRESS_MAX_CHARS: Final = 255
 CHUNK_MIN_NBYTES: Final = 64
 CHUNK_MAX_NBYTES: Final = 1 << 20
 UNMATCHED_MAX: Final = 1 << 20
@@ -125,7 +127,7 @@ def _demand_length(what: str, data: bytes, nbytes: int) -> None:
 
 _Id = Annotated[bytes, Meta(min_length=16, max_length=16)]
 _Name = Annotated[str, Meta(max_length=128)]
-_Address = Annotated[str, Meta(min_length=1, max_length=255)]
+_Address = Annotated[str, Meta(min_length=1, max_length=ADDRESS_MAX_CHARS)]
 _Word = Annotated[str, Meta(max_length=64)]
 _U16 = Annotated[int, Meta(ge=1, le=0xFFFF)]
 _U32 = Annotated[int, Meta(ge=0, le=0xFFFF_FFFF)]
@@ -210,6 +212,15 @@ Record: TypeAlias = Hello | Accept | Reject | Confirm
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Record] = msgspec.msgpack.Decoder(Hello | Accept | Reject | Confirm)
+
+
+def demand_addresses(addresses: Sequence[str]) -> None:
+    """Raise ValueError where a HELLO can't carry them."""
+    for address in addresses:
+        if not 0 < len(address) <= ADDRESS_MAX_CHARS or not address.isprintable():
+            raise ValueError(
+                f"{address!r}: peers can't be told an address that isn't 1 to {ADDRESS_MAX_CHARS} printable characters"
+            )
 
 
 def encode_record(record: Record) -> bytes:
