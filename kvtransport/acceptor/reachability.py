@@ -36,17 +36,28 @@ def same_network(a: Reachability, b: Reachability) -> bool:
 
 def visible_pid(ours: Reachability, theirs: Reachability) -> int:
     """Return the peer's process id if that process is seen here, by boot, namespace and start; else 0."""
-    if not ours.boot_id or ours.boot_id != theirs.boot_id or not ours.pid_ns or ours.pid_ns != theirs.pid_ns:
+    if not _same_processes(ours, theirs):
         return 0
     if not theirs.pid or not theirs.pid_started or process_started(theirs.pid) != theirs.pid_started:
         return 0
     return theirs.pid
 
 
+def has_ended(ours: Reachability, theirs: Reachability) -> bool:
+    """Say whether the peer's process is known to be gone: it would be seen here, and isn't there."""
+    if not _same_processes(ours, theirs):
+        return False
+    return bool(theirs.pid and theirs.pid_started) and process_started(theirs.pid) != theirs.pid_started
+
+
 def process_started(pid: int) -> int:
     """Return when a process began, in clock ticks after boot (proc(5), stat); 0: no such process."""
     fields = _read(f"/proc/{pid}/stat").rpartition(")")[2].split()
     return int(fields[19]) if len(fields) > 19 else 0
+
+
+def _same_processes(a: Reachability, b: Reachability) -> bool:
+    return bool(a.boot_id) and a.boot_id == b.boot_id and a.pid_ns == b.pid_ns != 0
 
 
 def _namespace(name: str) -> int:

@@ -29,7 +29,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Protocol
 
-from kvtransport.acceptor.reachability import same_network
+from kvtransport.acceptor.reachability import has_ended, same_network
 from kvtransport.backends.base import LinkProof
 from kvtransport.protocol.agreement import Terms
 from kvtransport.protocol.messages import Hello, Reachability
@@ -240,8 +240,9 @@ class Roster:
     ) -> tuple[list[_native.Session], list[Connection]]:
         """Return the sessions and Connections of earlier incarnations that a new peer has taken the place of.
 
-        It has if it says to listen where they did, and is known to mean the same place: we dialled it there,
-        or it runs on this host.
+        It has if it says to listen where they did, and either we have dialled it there, where we had found
+        them, or their process is seen to be gone. What two say of themselves alone proves nothing: both may
+        live, behind one name.
         """
         with self.lock:
             sessions = [
@@ -264,11 +265,7 @@ class Roster:
         shared = set(hello.addresses) & set(entry.found.hello.addresses)
         if address in shared and address in entry.dialled:
             return True
-        return (
-            bool(shared)
-            and bool(self._listens_at(entry))
-            and same_network(hello.reachability, self._reachability)
-        )
+        return bool(shared) and has_ended(self._reachability, entry.found.hello.reachability)
 
     def _listens_at(self, entry: Entry) -> tuple[str, ...]:
         """Return the addresses that a peer told, if they mean the same here."""

@@ -1,17 +1,21 @@
 """Of two sessions with one peer which stays: the roster's rules, without sockets."""
 
 import itertools
+import os
 import random
 
 import msgspec
 import pytest
 
+from kvtransport.acceptor.reachability import process_started
 from kvtransport.acceptor.roster import Found, Roster, Ruling
 from kvtransport.protocol.agreement import Terms
 from kvtransport.protocol.messages import Hello, Reachability
 
+STARTED = process_started(os.getpid())
 LOW, HIGH = b"\0" * 16, b"\xff" * 16
-HERE = Reachability(boot_id="this boot", net_ns=1)
+HERE = Reachability(boot_id="this boot", net_ns=1, pid_ns=1, pid=os.getpid(), pid_started=STARTED)
+ENDED = msgspec.structs.replace(HERE, pid_started=STARTED - 1)
 ELSEWHERE = Reachability(boot_id="another boot", net_ns=1)
 
 
@@ -175,7 +179,8 @@ def test_a_told_address_counts_on_the_same_host_only():
 @pytest.mark.parametrize(
     ("old", "new", "address", "replaced"),
     [
-        (HERE, HERE, None, True),
+        (ENDED, HERE, None, True),
+        (HERE, HERE, None, False),
         (HERE, HERE, "127.0.0.1:7", True),
         (ELSEWHERE, ELSEWHERE, "10.0.0.1:7", True),
         (ELSEWHERE, ELSEWHERE, None, False),
