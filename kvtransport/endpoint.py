@@ -160,7 +160,7 @@ class Endpoint:
         found = self._engine.recv_messages(to_wait(timeout))
         if not found:
             self._check()  # closed while this waited
-        named = ((self._acceptor.roster.by_session(session), data) for session, data in found)
+        named = ((self._acceptor.roster.sender(session), data) for session, data in found)
         return [(connection, data) for connection, data in named if connection is not None]
 
     # --- memory ------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from __future__ import annotations
 import enum
 import threading
 import weakref
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Protocol
@@ -39,8 +39,7 @@ if TYPE_CHECKING:
     from kvtransport.connection import Connection
 
 REMEMBERED: Final = 256
-"""Lost sessions whose Connections can still be found: for messages that had come, and to tell of a
-restart."""
+"""Lost Connections that are still known, to tell them of a restart."""
 
 
 class Holder(Protocol):
@@ -90,6 +89,7 @@ class Entry:
     found: Found | None = None
     dialled: set[str] = field(default_factory=set)  # addresses where we have found it
     connections: list[Connection] = field(default_factory=list)
+    messages_taken: int = 0
 
     def usable(self) -> bool:
         """Say whether its Connections can be given out: its lanes are there, and it isn't just ending."""
@@ -115,7 +115,7 @@ class Roster:
         self._max_peers = max_peers
         self._entries: dict[bytes, Entry] = {}
         self._by_session: dict[bytes, Entry] = {}
-        self._lost: OrderedDict[bytes, list[Connection]] = OrderedDict()
+        self._lost: dict[bytes, Lost] = {}
         self._past: deque[tuple[Entry, weakref.ref[Connection]]] = deque(maxlen=REMEMBERED)
 
     # --- handshakes --------------------------------------------------------------------------------------
@@ -208,22 +208,33 @@ class Roster:
             if entry is None:
                 return []
             connections, entry.connections = entry.connections, []
-            entry.session, entry.ready = None, False
-            self._lost[session_id] = connections
-            while len(self._lost) > REMEMBERED:
-                self._lost.popitem(last=False)
+            session, entry.session, entry.ready = entry.session, None, False
+            received = session.stats()["messages_received"] if session is not None else 0
+            if (waiting := received - entry.messages_taken) > 0:
+                self._lost[session_id] = Lost(connections[0], waiting)
             past = Entry(entry.incarnation, found=entry.found, dialled=entry.dialled)
             self._past.extend((past, weakref.ref(c)) for c in connections)
             self.on_change()
             self._forget_if_idle(entry)
             return connections
 
-    def by_session(self, session_id: bytes) -> Connection | None:
-        """Return the Connection of a session, also of one lost of late."""
+    def sender(self, session_id: bytes) -> Connection | None:
+        """Return whose message was taken from the engine: of a session that may be lost by now.
+
+        To be called once for each message: a lost Connection is kept until the last one that has come.
+        """
         with self.lock:
             entry = self._by_session.get(session_id)
-            connections = entry.connections if entry else self._lost.get(session_id, [])
-            return connections[0] if connections else None
+            if entry is not None:
+                entry.messages_taken += 1
+                return entry.connections[0]
+            lost = self._lost.get(session_id)
+            if lost is None:
+                return None
+            lost.messages_waiting -= 1
+            if not lost.messages_waiting:
+                del self._lost[session_id]
+            return lost.connection
 
     def found(self, connection: Connection) -> Found | None:
         """Return how a Connection's session came about; None: it has none."""

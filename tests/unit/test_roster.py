@@ -31,6 +31,10 @@ class Handshake:
 class Session:
     def __init__(self, number=0):
         self.id = number.to_bytes(16, "big")
+        self.messages = 0
+
+    def stats(self):
+        return {"messages_received": self.messages}
 
 
 class Connection:
@@ -137,13 +141,34 @@ def test_connections_are_found_until_the_session_is_lost():
     assert r.at("127.0.0.1:7") is None
     assert r.made_ready(Session().id)
     assert r.joined(HIGH, None, "localhost:7") is connection
-    assert r.at("127.0.0.1:7") is r.at("localhost:7") is r.by_session(Session().id) is connection
+    assert r.at("127.0.0.1:7") is r.at("localhost:7") is r.sender(Session().id) is connection
     assert r.lost(Session().id) == [connection]
     assert r.lost(Session().id) == []
     assert r.at("127.0.0.1:7") is r.joined(HIGH, None, None) is None
     assert r.connections() == []
-    assert r.by_session(Session().id) is connection  # for messages that had come
+    assert r.sender(Session().id) is None
     assert not r.made_ready(Session().id)
+
+
+def test_a_lost_connection_is_found_until_its_last_message():
+    r, sessions = roster(max_peers=1000), [Session(number) for number in range(600)]
+    connections = [Connection() for _ in sessions]
+    for number, (session, connection) in enumerate(zip(sessions, connections, strict=True)):
+        r.opened(found(number.to_bytes(16, "little")), session, connection, ready=True)
+        session.messages = 3
+        assert r.sender(session.id) is connection
+        r.lost(session.id)
+    for session, connection in zip(sessions, connections, strict=True):
+        assert [r.sender(session.id) for _ in range(3)] == [connection, connection, None]
+    assert not r._lost
+
+
+def test_a_closed_connection_is_never_given_a_session():
+    r, first, closed = roster(), Connection("the peer"), Connection()
+    closed.state = "lost"
+    r.opened(found(HIGH), Session(), first, ready=True)
+    assert r.joined(HIGH, closed, None) is first
+    assert r.lost(Session().id) == [first]
 
 
 def test_a_connection_that_is_ending_is_not_given_out():
