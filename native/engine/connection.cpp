@@ -250,6 +250,9 @@ bool Connection::settle_once(std::uint64_t small_nbytes) {
             complete(transfer);
         }
     }
+    if (output.inbox) {
+        deliver_messages();  // before the word that they have come is sent
+    }
     if (output.path && output.control) {
         output.path->flush_control();
     }
@@ -267,9 +270,6 @@ bool Connection::settle_once(std::uint64_t small_nbytes) {
     }
     for (const auto& message : output.messages) {
         complete(message);
-    }
-    if (output.inbox) {
-        deliver_messages();
     }
     if (output.payload && output.path) {
         output.path->kick(small_nbytes);
