@@ -181,8 +181,12 @@ class Endpoint:
         the pool by.
 
         The pool keeps the arrays alive, and this endpoint the pool, until `pool.close`. TypeError,
-        ValueError: the arrays don't fit the layout. BackendUnavailable: memory that this version can't
-        move.
+        ValueError: the arrays don't fit the layout, or their elements are in the other byte order.
+        BackendUnavailable: memory that this version can't move.
+
+        Don't resize what is registered. It is noticed at the next post (LocalProtocolError) where the array
+        can be asked: a torch tensor's storage, a numpy array's owner. It isn't where another library owns
+        the memory: a numpy array resized behind `torch.from_numpy`, anything behind DLPack.
         """
         self._check()
         made = pools.register(

@@ -157,7 +157,7 @@ def _not_host(where: str) -> BackendUnavailable:
 
 
 def _of_torch(tensor: Any) -> Region:
-    """Adapt a torch tensor, by its methods alone."""
+    """Adapt a torch tensor, by its methods alone. Of `torch.from_numpy` it doesn't tell the array behind it."""
     if tensor.device.type == "meta":
         raise ValueError("a tensor on the meta device has no memory to register")
     if tensor.device.type != "cpu":
@@ -247,7 +247,10 @@ def _numpy_address(array: Any) -> Probe:
 
 
 def _of_dlpack(array: Any) -> Region:
-    """Adapt an object with `__dlpack__`. By its rules the memory stays put while the capsule lives."""
+    """Adapt an object with `__dlpack__`.
+
+    The capsule keeps the owner alive; it can't tell of an owner that resizes nonetheless, nor keep it from that.
+    """
     device = array.__dlpack_device__()[0]
     if device not in dlpack.HOST_DEVICES:
         raise _not_host(f"memory of DLPack device type {int(device)}")
