@@ -19,7 +19,7 @@ struct Holding {
 };
 
 std::string name_of(const StreamPlan& plan, std::size_t i) {
-    return plan.shape()->named() ? plan.shape()->layers()[plan.layer(i)].name : std::to_string(plan.layer(i));
+    return plan.shape()->layers()[plan.layer(i)].name;  // which a user knows, whether peers pair by it or not
 }
 
 std::uint32_t group_of(const StreamPlan& plan, std::size_t i) {
