@@ -154,6 +154,7 @@ class Connection:
         view = memoryview(data)  # TypeError for what has no bytes: bytes(5) would be five zeros
         if after is not None and not isinstance(after, Transfer):
             raise TypeError(f"after={after!r} is not a Transfer")
+        _require_queue(queue)
         tag_id = queue.next_id() if queue is not None else 0
         try:
             native = self._session.post_message(
@@ -294,6 +295,7 @@ class Connection:
         """Make one native call: the session's `post`, with `own` in the middle of its arguments."""
         if stream is not None:
             raise no_streams()
+        _require_queue(queue)
         try:
             self._check(pool)
             index = pool.layer_indices(layers)
@@ -322,6 +324,11 @@ class Connection:
         if not isinstance(pool, BlockPool):
             raise TypeError(f"pool is {type(pool).__name__}, not a BlockPool (Endpoint.register makes one)")
         pool.check()
+
+
+def _require_queue(queue: object) -> None:
+    if queue is not None and not isinstance(queue, CompletionQueue):
+        raise TypeError(f"queue={queue!r} is not a CompletionQueue (Endpoint.completion_queue makes one)")
 
 
 def _total(timeout_s: float | None) -> float:

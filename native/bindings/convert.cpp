@@ -18,15 +18,24 @@ namespace {
 
 using IdsPtr = std::shared_ptr<const memory::Ids>;
 
-[[noreturn]] void bad_id(long long id) {
-    throw nb::value_error(("block id " + std::to_string(id) + " is out of range").c_str());
+[[noreturn]] void bad_id(const std::string& id) {
+    throw nb::value_error(("block id " + id + " is out of range").c_str());
 }
 
 std::uint32_t checked(long long id) {
     if (id < 0 || id > std::numeric_limits<std::uint32_t>::max()) {
-        bad_id(id);
+        bad_id(std::to_string(id));
     }
     return static_cast<std::uint32_t>(id);
+}
+
+std::uint32_t checked_int(nb::handle number) {
+    int overflow = 0;
+    const long long id = PyLong_AsLongLongAndOverflow(number.ptr(), &overflow);
+    if (overflow != 0) {
+        bad_id(nb::repr(number).c_str());
+    }
+    return checked(id);
 }
 
 std::uint32_t one_id(PyObject* item) {
@@ -34,9 +43,7 @@ std::uint32_t one_id(PyObject* item) {
         throw nb::type_error("a block id is an int, not a bool");
     }
     if (PyLong_CheckExact(item)) {
-        int overflow = 0;
-        const long long id = PyLong_AsLongLongAndOverflow(item, &overflow);
-        return checked(overflow != 0 ? std::numeric_limits<long long>::min() : id);
+        return checked_int(item);
     }
     const nb::object held = nb::borrow(item);      // its __index__ may take it out of its list
     PyObject* const index = PyNumber_Index(item);  // numpy's integers
@@ -44,9 +51,7 @@ std::uint32_t one_id(PyObject* item) {
         throw nb::python_error();
     }
     const nb::object keep = nb::steal(index);
-    int overflow = 0;
-    const long long id = PyLong_AsLongLongAndOverflow(index, &overflow);
-    return checked(overflow != 0 ? std::numeric_limits<long long>::min() : id);
+    return checked_int(index);
 }
 
 /// The text of a Python string; ValueError for one that UTF-8 can't carry.

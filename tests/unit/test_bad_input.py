@@ -199,6 +199,28 @@ def test_messages(pair):
         pair.sender.send_message(b"", after=5)
 
 
+@pytest.mark.parametrize("queue", [5, False, "queue"])
+def test_what_is_no_completion_queue(pair, queue):
+    for call in (
+        lambda: pair.sender.send_blocks(pair.of, [0], key="k", queue=queue),
+        lambda: pair.receiver.recv_blocks(pair.to, [0], key="k", queue=queue),
+        lambda: pair.sender.send_message(b"", queue=queue),
+    ):
+        with pytest.raises(TypeError, match=f"queue={queue!r} is not a CompletionQueue"):
+            call()
+
+
+def test_layers_without_names_are_called_as_the_pool_calls_them(pair):
+    layers = [np.zeros((BLOCKS, NBYTES), dtype=np.uint8) for _ in range(2)]
+    with pair.theirs.register(layers) as pool:
+        waiting = pair.receiver.recv_blocks(pool, [3], key="first", layers=[1])
+        with pytest.raises(LocalProtocolError, match=f"block 3 of layer '{pool.layer_names[1]}' is being"):
+            pair.receiver.recv_blocks(pool, [3], key="second")
+        with pytest.raises(ValueError, match="block 2 of layer 'layer0'"):
+            pair.receiver.recv_blocks(pool, [2, 2], key="third")
+        waiting.cancel()
+
+
 # --- the two sides don't fit ---
 
 

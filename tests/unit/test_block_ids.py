@@ -140,6 +140,8 @@ WRONG = [
     (field([2**32]), ValueError, "4294967296 is out of range"),
     (np.array([2**32]), ValueError, "4294967296 is out of range"),
     (np.array([1, BLOCKS]), ValueError, "no block 8 .position 1.: it has num_blocks=8"),
+    ([0, 1 << 70], ValueError, f"^block id {1 << 70} is out of range"),
+    ([-(1 << 70)], ValueError, f"^block id -{1 << 70} is out of range"),
     (range(BLOCKS + 1), ValueError, "8 is out of range: num_blocks=8"),
     (range(2**32 - 1), ValueError, "num_blocks=8"),  # at once: a list of them would be 16 GiB
     (range(2**32 - 1, -1, -1), ValueError, "num_blocks=8"),
