@@ -1,7 +1,8 @@
 """Config: everything that a user may set about an Endpoint, checked when it is made.
 
 Here: the fields, their checks, reading them from a dict or the environment, and the measured defaults that
-stand behind `None` (lanes, movers, chunk sizes), each with its measurement. Not here: what the settings do.
+stand behind `None` (lanes, movers), each with its measurement. Not here: what the settings do, the sizes of
+chunks (native/protocol/chunking.hpp).
 
 Invariant: a Config that exists can be used as it is. A setting that this version can't honour (keys) is
 refused, so that nobody runs with less protection than he asked for; a key is never shown, not even in an
@@ -25,9 +26,6 @@ MIB = 1 << 20
 
 MAX_CHUNK_NBYTES = MIB
 """The wire's limit for the body of a chunk."""
-SMALL_TRANSFER_NBYTES = 4 * MIB
-"""Up to here a transfer uses `SMALL_CHUNK_NBYTES`: so that both lanes share one 2 MiB block."""
-SMALL_CHUNK_NBYTES = 256 * KIB
 
 ENV_PREFIX = "KVTRANSPORT_"
 MEMORY_KINDS = ("host", "cuda")
@@ -58,18 +56,6 @@ def default_movers(cpus: int) -> int:
     return default_lanes(cpus)
 
 
-def default_chunk_nbytes(protection: Protection, transfer_nbytes: int | None = None) -> int:
-    """Return the bytes of a chunk, for a transfer of `transfer_nbytes` (None: a long one).
-
-    Measured: 1 MiB chunks reach the limit of the sockets; one 2 MiB block takes 184 us in chunks of 256 KiB
-    (293 us over one socket). With digests a chunk must still be in cache when it is summed: 13.1 GB/s at
-    256 to 512 KiB.
-    """
-    if transfer_nbytes is not None and transfer_nbytes <= SMALL_TRANSFER_NBYTES:
-        return SMALL_CHUNK_NBYTES
-    return MAX_CHUNK_NBYTES if protection == "plain" else 512 * KIB
-
-
 def _field(kind: str, default: object, low: float = 0, high: float = 0) -> Any:
     """Return a dataclass field that `_check` checks as `kind`; `low` and `high` bound a number."""
     shown = kind != "later"
@@ -87,8 +73,8 @@ class Config:
     require: {"host" | "cuda": names}: NoCommonPath instead of another way for that kind of memory.
     keys, key_file, authorize: not in this version; a Config with one of them is refused.
     insecure: True: talk to peers of which nothing is proved. Loud, every time.
-    lanes, chunk_nbytes, movers: see `default_lanes`, `default_chunk_nbytes`, `default_movers`; the smaller
-        of the two sides' lanes and chunks is used.
+    lanes, movers: see `default_lanes`, `default_movers`. chunk_nbytes: None: by the transfer, see
+        native/protocol/chunking.hpp. The smaller of the two sides' lanes and chunks is used.
     cpus: the cores that native threads may run on; None: all of the process's.
     socket_buffer_nbytes: of each data socket; None: what suits loopback, else as the system sizes them.
     failover, reconnect: without effect until an Endpoint can do them.
@@ -147,6 +133,18 @@ class Config:
                 raise ConfigError(
                     f"{f.name}: None is not a setting; leave it out for the default, {f.default}"
                 )
+
+    def __hash__(self) -> int:
+        """By value, like ==; the mapping `require`, which has no hash, by its items."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        values["require"] = None if self.require is None else frozenset(self.require.items())
+        return hash(tuple(values.values()))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy and pickle what was given: the copy checks it anew, where it is."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        values["require"] = None if self.require is None else dict(self.require)
+        return type(self).from_dict, ({name: value for name, value in values.items() if value is not None},)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Config:

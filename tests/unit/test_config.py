@@ -1,14 +1,16 @@
 """Config: what is accepted, what is refused and in which words, the dict, the environment, the defaults."""
 
+import copy
 import dataclasses
 import os
+import pickle
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvtransport.config import Config, default_chunk_nbytes, default_lanes, default_movers
+from kvtransport.config import Config, default_lanes, default_movers
 from kvtransport.errors import ConfigError
 
 
@@ -143,8 +145,13 @@ def test_default_lanes_and_movers_can_be_configured(cpus: int) -> None:
     assert Config(lanes=default_lanes(cpus), movers=default_movers(cpus)).lanes in (1, 2)
 
 
-@given(nbytes=st.none() | st.integers(0, 1 << 40), protection=st.sampled_from(["plain", "digest"]))
-def test_default_chunks_can_be_configured(nbytes: int | None, protection: Any) -> None:
-    chunk = default_chunk_nbytes(protection, nbytes)
-    assert Config(chunk_nbytes=chunk).chunk_nbytes == chunk
-    assert default_chunk_nbytes("digest", nbytes) <= default_chunk_nbytes("plain", nbytes)
+@pytest.mark.parametrize("require", [None, {}, {"host": ("tcp",), "cuda": ("inproc", "tcp")}])
+def test_copies_are_equal_and_have_the_same_hash(require: Any) -> None:
+    config = Config(lanes=2, require=require, insecure=True)
+    copies = (pickle.loads(pickle.dumps(config)), copy.copy(config), copy.deepcopy(config))
+    for one in copies:
+        assert one == config
+        assert hash(one) == hash(config)
+    assert len({config, *copies, Config(lanes=2)}) == 2
+    turned = require if require is None else dict(reversed(require.items()))
+    assert hash(Config(lanes=2, require=turned, insecure=True)) == hash(config)
