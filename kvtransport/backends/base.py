@@ -4,6 +4,7 @@ A backend moves bytes between two endpoints. Its moving is native and holds no G
 where it can be reached, whether it works here, and brings about a native session. It promises:
 
 - `viability()` is cheap, has no side effect and doesn't raise: it says why not, and what would make it work.
+  Nothing asks it in this version: no backend of it depends on the machine.
 - `serves(where)` looks at an address's form only. Each form belongs to one backend.
 - Nothing is opened, dialled or said where policy forbids it: the check comes before the socket.
 - One thread uses it, the endpoint's acceptor; `viability`, `resolve` and `listen` may be called by any. Only
