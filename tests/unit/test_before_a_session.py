@@ -61,21 +61,28 @@ def test_a_timeout_of_its_own_after_the_one_before_was_closed(endpoint, turns, f
     assert "within 0.2 s" in str(later._error)
 
 
-def test_the_peers_dial_is_not_given_to_what_was_closed(endpoint):
+@pytest.mark.parametrize("other", ["nobody", "one who waits", "one who was given another"])
+def test_the_peers_dial_is_not_given_to_what_was_closed(endpoint, turns, other):
     ours, theirs = endpoint(), endpoint()
     at_ours = ours.listen("127.0.0.1:0")
     elsewhere = theirs.descriptor().replace("@", "@127.0.0.1:1")
-    inside, go = threading.Event(), threading.Event()
     early = ours.connect(elsewhere, timeout=60, wait=False)
-    ours._acceptor.loop.post(lambda: (inside.set(), go.wait(LIMIT_S)))
-    assert inside.wait(LIMIT_S)
-    early._on_close = None  # the thread hasn't heard of it yet
+    turns.until(lambda: ours._acceptor._dials)
+    early._on_close = None  # its dial hasn't heard of it yet
     early.close()
-    go.set()
+    patient = ours._acceptor.connect(elsewhere, 60) if other == "one who waits" else None
+    later = ours.connect(elsewhere, timeout=60, wait=False) if other == "one who was given another" else None
+    turns.until(lambda: not ours._acceptor.loop._posted)
     found = theirs.connect(at_ours, timeout=LIMIT_S)
+    turns.until(ours.connections)
     (accepted,) = ours.connections()
     assert accepted is not early
-    assert ours.accept(LIMIT_S) is accepted
+    if patient is not None:
+        assert patient.result(LIMIT_S) is accepted
+    elif later is not None:
+        assert later is accepted
+    else:
+        assert ours.accept(LIMIT_S) is accepted
     messages_pass(found, accepted)
 
 
