@@ -6,7 +6,6 @@ docs/ for the protocol, the faults that are survived, and the design.
 
 import logging as _logging
 
-from kvtransport.acceptor import ConnectTimeout
 from kvtransport.completion import CompletionQueue
 from kvtransport.config import Config
 from kvtransport.connection import Connection
@@ -16,6 +15,7 @@ from kvtransport.errors import (
     BackendUnavailable,
     ConfigError,
     ConnectionClosed,
+    ConnectTimeout,
     DowngradeError,
     ForkedProcessError,
     GrantError,

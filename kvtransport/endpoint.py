@@ -20,11 +20,11 @@ from types import TracebackType
 from typing import Any, Final
 
 from kvtransport import _native
-from kvtransport.acceptor import Acceptor, ConnectTimeout
+from kvtransport.acceptor import Acceptor
 from kvtransport.completion import CompletionQueue, LoopBridges
 from kvtransport.config import Config, available_cpus, default_movers
 from kvtransport.connection import Connection
-from kvtransport.errors import ConnectionClosed, ForkedProcessError, ResourceLimit
+from kvtransport.errors import ConnectionClosed, ConnectTimeout, ForkedProcessError, ResourceLimit
 from kvtransport.memory import pool as pools
 from kvtransport.memory.allocation import HostMemory
 from kvtransport.memory.layout import BlockLayout, LayerGroup

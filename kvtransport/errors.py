@@ -10,6 +10,7 @@ code needs no case per class), and every instance has every attribute of its cla
     ├── ConfigError (also ValueError) ── InsecureConfigError
     ├── BackendUnavailable                   .reason .remedy
     ├── HandshakeError ── VersionMismatch · NoCommonPath(.reasons) · AuthenticationError · DowngradeError
+    ├── ConnectTimeout (also TimeoutError)
     ├── ProtocolError ── LocalProtocolError (we asked what the state forbids)
     │                  · RemoteProtocolError (the peer broke the rules)
     ├── PeerLost (.cause: reset | heartbeat | restarted | closed)
@@ -150,6 +151,12 @@ class AuthenticationError(HandshakeError):
 
 class DowngradeError(HandshakeError):
     """Less protection arrived than both sides had offered."""
+
+
+class ConnectTimeout(KVTransportError, TimeoutError):
+    """`connect` came to no session within its timeout. The message says why the last try failed."""
+
+    retryable = True
 
 
 class ProtocolError(KVTransportError):

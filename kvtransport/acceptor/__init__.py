@@ -7,6 +7,5 @@ what users see (`kvtransport.endpoint`).
 """
 
 from kvtransport.acceptor.acceptor import Acceptor
-from kvtransport.acceptor.dialler import ConnectTimeout
 
-__all__ = ["Acceptor", "ConnectTimeout"]
+__all__ = ["Acceptor"]

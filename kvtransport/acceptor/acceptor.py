@@ -81,7 +81,7 @@ class Acceptor:
         self._listeners: dict[int, tuple[StreamBackend, Listener]] = {}
         self._advertised: list[str] = []
         self._premade: dict[Place, Connection] = {}
-        self._counts: dict[str, int] = {}
+        self._counts = {"handshakes_accepted": 0, "handshakes_refused": 0}
         self._dials: dict[Place, Dial] = {}
         self._strangers: dict[Inbound, None] = {}  # oldest first
         self._throttle = Throttle(_log)

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Final
 from kvtransport.acceptor.attempt import NEVER, Attempt
 from kvtransport.acceptor.places import Place
 from kvtransport.backends.base import StreamBackend, Target
-from kvtransport.errors import ConfigError, KVTransportError, ResourceLimit
+from kvtransport.errors import ConfigError, ConnectTimeout, KVTransportError, ResourceLimit
 from kvtransport.protocol.messages import Hello
 
 if TYPE_CHECKING:
@@ -36,12 +36,6 @@ TRY_S: Final = 1.0
 """How long one address may take, from the dial to the end of the handshake, where there are others to try.
 Twice as long in each further round: a peer may be slow.
 """
-
-
-class ConnectTimeout(KVTransportError, TimeoutError):
-    """`connect` came to no session within its timeout. The message says why the last try failed."""
-
-    retryable = True
 
 
 @dataclass(eq=False)

@@ -10,10 +10,10 @@ from functools import partial
 
 import pytest
 
-from kvtransport.acceptor import ConnectTimeout
 from kvtransport.acceptor.arrivals import KEPT
 from kvtransport.errors import (
     ConnectionClosed,
+    ConnectTimeout,
     HandshakeError,
     InsecureConfigError,
     NoCommonPath,

@@ -10,10 +10,10 @@ import time
 import msgspec
 import pytest
 
-from kvtransport.acceptor import ConnectTimeout
 from kvtransport.backends.tcp import TcpBackend
 from kvtransport.errors import (
     AuthenticationError,
+    ConnectTimeout,
     DowngradeError,
     HandshakeError,
     RemoteProtocolError,

@@ -15,6 +15,7 @@ from kvtransport.errors import (
 )
 
 TREE = {
+    "ConnectTimeout": "KVTransportError",
     "ConfigError": "KVTransportError",
     "InsecureConfigError": "ConfigError",
     "BackendUnavailable": "KVTransportError",

@@ -6,11 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from kvtransport.acceptor import ConnectTimeout, dialler
+from kvtransport.acceptor import dialler
 from kvtransport.acceptor.lanes import Lane
 from kvtransport.backends.base import Policy
 from kvtransport.backends.tcp import TcpBackend
-from kvtransport.errors import AuthenticationError
+from kvtransport.errors import AuthenticationError, ConnectTimeout
 from kvtransport.protocol.descriptor import parse_descriptor
 
 LIMIT_S = 20
