@@ -40,6 +40,12 @@ class InprocPath::Copier final : public Runnable {
         return true;
     }
 
+    void failed(const std::exception& why) override {
+        if (const auto host = host_.lock()) {
+            host->give_up(why);
+        }
+    }
+
   private:
     bool copy(const protocol::Transfer& from, const protocol::Transfer& to, protocol::Range range) const {
         constexpr std::size_t kRuns = 128;

@@ -8,6 +8,7 @@
 #pragma once
 
 #include <cstdint>
+#include <exception>
 #include <memory>
 #include <string>
 
@@ -36,6 +37,10 @@ class PathHost : public protocol::LaneHost {
     virtual void heard() noexcept = 0;
     virtual void spoke() noexcept = 0;
     virtual void lose(protocol::Cause cause, const std::string& reason) = 0;
+    /// Something here can't go on, for want of memory or of what the system gives: so ends the connection.
+    void give_up(const std::exception& why) {
+        lose(protocol::Cause::resource_limit, std::string("here: ") + why.what());
+    }
     /// A lane's socket ended. The peer's last words on control say why, if it had any.
     virtual void lane_broke(const std::string& reason) = 0;
     virtual bool is_lost() const noexcept = 0;

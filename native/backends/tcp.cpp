@@ -96,6 +96,9 @@ void TcpPath::quiesce(const protocol::TransferPtr& transfer) {
 }
 
 void TcpPath::close() {
+    if (generation_ != fork_generation()) {
+        return;  // a child's: the numbers of these sockets and of the loops' are its own files by now
+    }
     std::vector<std::shared_ptr<TcpLane>> all;
     {
         const std::lock_guard lock(lanes_mutex_);

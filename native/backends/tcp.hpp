@@ -9,6 +9,7 @@
 #include <atomic>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -36,6 +37,7 @@ class TcpControl final : public Pollable, public std::enable_shared_from_this<Tc
 
     void start();
     void on_events(std::uint32_t events) override;
+    void failed(const std::exception& why) override { host_.give_up(why); }
     void flush();
     bool drive(const Path::StopCondition& stop, int wake_fd, std::int64_t until);
     void read_last_words();
@@ -78,6 +80,7 @@ class TcpLane final : public Pollable,
     void kick();
     void on_events(std::uint32_t events) override;
     bool run() override;
+    void failed(const std::exception& why) override;
     /// Writes one whole chunk from the calling thread, if the lane is idle; true if a chunk was taken.
     bool write_from_here();
     void quiesce(const protocol::Transfer* transfer);
@@ -92,12 +95,17 @@ class TcpLane final : public Pollable,
 
   private:
     enum class Turn { idle, more, dead };
+    struct Broken {
+        protocol::Cause cause;  // peer_lost: its socket ended
+        std::string reason;
+    };
     bool start_next();
     bool wait_for_room(bool& full);
     Turn read_turn();
-    std::size_t read_once(iovec* iov, std::string& wrong);
+    std::size_t read_once(iovec* iov, std::optional<Broken>& broken);
+    void take(const iovec* iov, std::size_t count, std::size_t nbytes, std::optional<Broken>& broken);
     Turn write_turn(const protocol::Staging& staging, std::size_t budget, bool one_chunk);
-    void broke(const std::string& reason);
+    void broke(const Broken& how);
 
     PathHost& host_;
     std::weak_ptr<void> keep_host_;
@@ -108,6 +116,7 @@ class TcpLane final : public Pollable,
     protocol::LaneReader reader_;
     protocol::LaneWriter writer_;
     std::atomic<bool> readable_{true}, writable_{true}, dirty_{false}, closed_{false};
+    std::atomic<bool> ended_{false};  // the peer's side of the socket: what is unread ends with that
 };
 
 class TcpPath final : public Path {
@@ -148,6 +157,7 @@ class TcpPath final : public Path {
     std::vector<std::shared_ptr<TcpLane>> lanes_;
     std::vector<bool> reserved_;
     bool closed_ = false;
+    const std::uint64_t generation_ = fork_generation();
 };
 
 }  // namespace kvt::backends

@@ -7,6 +7,8 @@
 #include <cerrno>
 #include <cstring>
 #include <ctime>
+#include <new>
+#include <system_error>
 
 #include "backends/tcp.hpp"
 #include "base/clock.hpp"
@@ -28,9 +30,15 @@ TcpControl::TcpControl(PathHost& host, std::shared_ptr<void> keep_host, EventLoo
 
 // A socket that is registered after close() would stay so, and readable for ever.
 void TcpControl::start() {
-    const std::lock_guard lock(interest_mutex_);
-    if (!closed_) {
-        reactor_.add(fd_.get(), EPOLLIN, shared_from_this());
+    std::error_code refused;
+    {
+        const std::lock_guard lock(interest_mutex_);
+        if (!closed_) {
+            refused = reactor_.add(fd_.get(), EPOLLIN, shared_from_this());
+        }
+    }
+    if (refused) {
+        host_.give_up(std::system_error(refused, "the control stream can't be watched"));
     }
 }
 
@@ -133,9 +141,14 @@ bool TcpControl::drive(const Path::StopCondition& stop, int wake_fd, std::int64_
         if (::ppoll(fds, 2, bound, nullptr) <= 0 || fds[1].revents != 0) {
             break;
         }
-        ended = read_frames() == Read::dead;
-        if (!ended) {
-            host_.settle();
+        try {
+            ended = read_frames() == Read::dead;
+            if (!ended) {
+                host_.settle();
+            }
+        } catch (const std::bad_alloc& short_of) {
+            host_.give_up(short_of);
+            ended = true;
         }
     }
     {

@@ -5,6 +5,8 @@
 #include <cerrno>
 #include <climits>
 #include <cstring>
+#include <new>
+#include <system_error>
 #include <utility>
 
 #include "backends/tcp.hpp"
@@ -17,7 +19,6 @@ using protocol::Cause;
 namespace {
 
 constexpr std::size_t kIov = 1024;  // IOV_MAX
-constexpr const char* kProtocol = "protocol: ";
 // What a turn may move before the lane's neighbours and the other direction get theirs.
 constexpr std::size_t kTurnNbytes = 1u << 20;
 
@@ -39,7 +40,11 @@ TcpLane::TcpLane(PathHost& host, std::shared_ptr<void> keep_host, Mover& mover, 
       writer_(*this, digest) {}
 
 void TcpLane::start() {
-    mover_.add(fd_.get(), EPOLLIN | EPOLLOUT | EPOLLET, shared_from_this());
+    if (const auto refused = mover_.add(fd_.get(), EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET,
+                                        shared_from_this())) {
+        failed(std::system_error(refused, "a lane can't be watched"));
+        return;
+    }
     if (closed_.load()) {
         mover_.remove(fd_.get());  // close() may have looked before
     }
@@ -48,7 +53,10 @@ void TcpLane::start() {
 void TcpLane::kick() { mover_.enqueue(shared_from_this()); }
 
 void TcpLane::on_events(std::uint32_t events) {
-    if ((events & (EPOLLIN | EPOLLHUP | EPOLLERR)) != 0) {
+    if ((events & (EPOLLRDHUP | EPOLLHUP | EPOLLERR)) != 0) {
+        ended_.store(true);  // no edge comes behind this one
+    }
+    if ((events & (EPOLLIN | EPOLLRDHUP | EPOLLHUP | EPOLLERR)) != 0) {
         readable_.store(true);
     }
     if ((events & (EPOLLOUT | EPOLLHUP | EPOLLERR)) != 0) {
@@ -86,8 +94,8 @@ void TcpLane::chunk_left(const protocol::ChunkJob& job, bool whole, bool begun) 
     host_.chunk_left(job, whole, begun);
 }
 
-// One system call. What is wrong with the lane, if anything, is left in `wrong`.
-std::size_t TcpLane::read_once(iovec* iov, std::string& wrong) {
+// One system call.
+std::size_t TcpLane::read_once(iovec* iov, std::optional<Broken>& broken) {
     const std::lock_guard lock(rx_mutex_);
     msghdr message{};
     message.msg_iov = iov;
@@ -102,32 +110,39 @@ std::size_t TcpLane::read_once(iovec* iov, std::string& wrong) {
         return 0;
     }
     if (n <= 0) {
-        wrong = std::string("reset: ") + (n == 0 ? "a lane's other end was closed" : std::strerror(errno));
+        const char* const why = n == 0 ? "a lane's other end was closed" : std::strerror(errno);
+        broken = {Cause::peer_lost, std::string("reset: ") + why};
         return 0;
     }
     host_.heard();
-    if (static_cast<std::size_t>(n) < asked) {
+    if (static_cast<std::size_t>(n) < asked && !ended_.load()) {
         readable_.store(false);  // edge-triggered: whatever comes later is a new edge
     }
     if (protocol::Transfer* transfer = reader_.transfer()) {
         transfer->moved_at.store(monotonic_ns(), std::memory_order_relaxed);
     }
-    try {
-        reader_.got(iov, message.msg_iovlen, static_cast<std::size_t>(n));
-    } catch (const protocol::Violation& violation) {
-        wrong = std::string(kProtocol) + violation.what();
-    }
+    take(iov, message.msg_iovlen, static_cast<std::size_t>(n), broken);
     return static_cast<std::size_t>(n);
+}
+
+void TcpLane::take(const iovec* iov, std::size_t count, std::size_t nbytes, std::optional<Broken>& broken) {
+    try {
+        reader_.got(iov, count, nbytes);
+    } catch (const protocol::Violation& violation) {
+        broken = {Cause::protocol_error, violation.what()};
+    } catch (const protocol::Excess& excess) {
+        broken = {Cause::resource_limit, excess.what()};
+    }
 }
 
 TcpLane::Turn TcpLane::read_turn() {
     std::size_t moved = 0;
     iovec iov[kIov];
     while (readable_.load() && moved < kTurnNbytes) {
-        std::string wrong;
-        moved += read_once(iov, wrong);
-        if (!wrong.empty()) {
-            broke(wrong);
+        std::optional<Broken> broken;
+        moved += read_once(iov, broken);
+        if (broken) {
+            broke(*broken);
             return Turn::dead;
         }
         if (dirty_.exchange(false)) {
@@ -200,7 +215,12 @@ bool TcpLane::write_from_here() {
     if (!free) {
         return false;
     }
-    write_turn({}, kTurnNbytes, true);
+    try {
+        write_turn({}, kTurnNbytes, true);
+    } catch (const std::bad_alloc& short_of) {
+        failed(short_of);  // the connection ends, and with it the transfer; the post was made
+        return true;
+    }
     const std::lock_guard lock(tx_mutex_);
     if (!writer_.idle()) {
         kick();  // the socket was full: the mover goes on
@@ -208,14 +228,20 @@ bool TcpLane::write_from_here() {
     return true;
 }
 
-void TcpLane::broke(const std::string& reason) {
+void TcpLane::broke(const Broken& how) {
     closed_.store(true);
     mover_.remove(fd_.get());
-    if (reason.starts_with(kProtocol)) {
-        host_.lose(Cause::protocol_error, reason.substr(std::strlen(kProtocol)));
-        return;
+    if (how.cause == Cause::peer_lost) {
+        host_.lane_broke(how.reason);
+    } else {
+        host_.lose(how.cause, how.reason);
     }
-    host_.lane_broke(reason);
+}
+
+void TcpLane::failed(const std::exception& why) {
+    closed_.store(true);
+    mover_.remove(fd_.get());
+    host_.give_up(why);
 }
 
 void TcpLane::quiesce(const protocol::Transfer* transfer) {

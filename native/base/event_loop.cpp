@@ -20,12 +20,22 @@ namespace {
 
 constexpr std::uint64_t kWakeToken = 0;
 constexpr int kMaxEvents = 64;
+constexpr std::int64_t kTryAgainNs = 100'000'000;  // after a turn that failed
 
 // Not the id in std::thread: stop() changes that while others ask.
 thread_local const EventLoop* loop_here = nullptr;
 
 [[noreturn]] void raise_errno(const char* what) {
     throw std::system_error(errno, std::generic_category(), what);
+}
+
+// An end may need memory, too, which may still be short: then the peer's silence is what ends it.
+template <class Failed>
+void end(Failed& failed, const std::exception& why) noexcept {
+    try {
+        failed.failed(why);
+    } catch (const std::exception&) {
+    }
 }
 
 }  // namespace
@@ -78,20 +88,24 @@ void EventLoop::stop() {
     wake_.reset();
 }
 
-void EventLoop::add(int fd, std::uint32_t events, std::shared_ptr<Pollable> pollable) {
+std::error_code EventLoop::add(int fd, std::uint32_t events, std::shared_ptr<Pollable> pollable) {
     const std::lock_guard lock(mutex_);
     if (!epoll_) {
-        return;
+        return {};
     }
     const std::uint64_t token = next_token_++;
     epoll_event event{};
     event.events = events;
     event.data.u64 = token;
-    if (::epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, fd, &event) != 0) {
-        raise_errno("epoll_ctl");
-    }
     by_token_[token] = pollable;
     by_fd_[fd] = {token, std::move(pollable)};
+    if (::epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, fd, &event) != 0) {
+        const std::error_code refused(errno, std::generic_category());
+        by_token_.erase(token);
+        by_fd_.erase(fd);
+        return refused;
+    }
+    return {};
 }
 
 void EventLoop::modify(int fd, std::uint32_t events) {
@@ -132,9 +146,12 @@ void EventLoop::enqueue(std::shared_ptr<Runnable> work) {
     if (work->queued.exchange(true)) {
         return;
     }
-    {
+    try {
         const std::lock_guard lock(mutex_);
-        queue_.push_back(std::move(work));
+        queue_.push_back(work);
+    } catch (...) {
+        work->queued.store(false);
+        throw;
     }
     wake();
 }
@@ -176,8 +193,13 @@ void EventLoop::dispatch(std::uint64_t token, std::uint32_t events) {
             pollable = known->second;
         }
     }
-    if (pollable) {
+    if (!pollable) {
+        return;
+    }
+    try {
         pollable->on_events(events);
+    } catch (const std::exception& why) {
+        end(*pollable, why);
     }
 }
 
@@ -191,10 +213,15 @@ bool EventLoop::run_queue() {
     bool again = false;
     for (auto& work : turn) {
         work->queued.store(false);
-        if (work->run() && !work->queued.exchange(true)) {
-            const std::lock_guard lock(mutex_);
-            queue_.push_back(std::move(work));
-            again = true;
+        try {
+            if (work->run() && !work->queued.exchange(true)) {
+                const std::lock_guard lock(mutex_);
+                queue_.push_back(work);
+                again = true;
+            }
+        } catch (const std::exception& why) {
+            work->queued.store(false);
+            end(*work, why);
         }
     }
     return again;
@@ -214,20 +241,29 @@ void EventLoop::main() {
     std::int64_t next = 0;
     bool busy = false;
     while (!stopping_.load(std::memory_order_relaxed)) {
-        epoll_event events[kMaxEvents];
-        sleeping_.store(true);
-        if (pending_.exchange(false) || busy) {
-            sleeping_.store(false);
-            next = 0;
+        try {
+            round(next, busy);
+        } catch (const std::exception&) {
+            next = monotonic_ns() + kTryAgainNs;
         }
-        const int n = wait(events, kMaxEvents, next);
-        sleeping_.store(false);
-        for (int i = 0; i < n; ++i) {
-            dispatch(events[i].data.u64, events[i].events);
-        }
-        busy = run_queue();
-        next = on_turn();
     }
+}
+
+void EventLoop::round(std::int64_t& next, bool& busy) {
+    epoll_event events[kMaxEvents];
+    rounds_.store(rounds_.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed);
+    sleeping_.store(true);
+    if (pending_.exchange(false) || busy) {
+        sleeping_.store(false);
+        next = 0;
+    }
+    const int n = wait(events, kMaxEvents, next);
+    sleeping_.store(false);
+    for (int i = 0; i < n; ++i) {
+        dispatch(events[i].data.u64, events[i].events);
+    }
+    busy = run_queue();
+    next = on_turn();
 }
 
 }  // namespace kvt

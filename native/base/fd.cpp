@@ -1,10 +1,13 @@
 #include "base/fd.hpp"
 
 #include <pthread.h>
+#include <sys/eventfd.h>
 #include <unistd.h>
 
 #include <atomic>
+#include <cerrno>
 #include <mutex>
+#include <system_error>
 #include <unordered_set>
 
 namespace kvt {
@@ -47,7 +50,12 @@ Fd::Fd(int fd) : fd_(fd) {
     if (fd >= 0) {
         Registry& all = armed_registry();
         const std::lock_guard lock(all.mutex);
-        all.open.insert(fd);
+        try {
+            all.open.insert(fd);
+        } catch (...) {
+            ::close(fd);
+            throw;
+        }
     }
 }
 
@@ -67,6 +75,14 @@ int Fd::release() noexcept {
     Registry& all = registry();
     const std::lock_guard lock(all.mutex);
     return all.open.erase(fd) != 0 ? fd : -1;
+}
+
+Fd make_eventfd() {
+    const int fd = ::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    if (fd < 0) {
+        throw std::system_error(errno, std::generic_category(), "eventfd");
+    }
+    return Fd(fd);
 }
 
 std::uint64_t fork_generation() noexcept { return registry().generation.load(std::memory_order_relaxed); }

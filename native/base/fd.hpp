@@ -13,6 +13,7 @@ namespace kvt {
 class Fd {
   public:
     Fd() noexcept = default;
+    /// Closes it where it can't be kept.
     explicit Fd(int fd);
     Fd(Fd&& other) noexcept : fd_(std::exchange(other.fd_, -1)) {}
     Fd& operator=(Fd&& other) noexcept {
@@ -33,6 +34,9 @@ class Fd {
   private:
     int fd_ = -1;
 };
+
+/// A non-blocking one. Throws system_error.
+Fd make_eventfd();
 
 /// Counts the forks that this process is a child of; an engine made under another number is not ours to
 /// touch.

@@ -10,6 +10,7 @@
 #include <cstring>
 #include <span>
 #include <string>
+#include <system_error>
 #include <utility>
 
 #include "backends/tcp.hpp"
@@ -53,6 +54,7 @@ class Admission::Listener final : public Pollable {
     Listener(Admission& owner, std::uint64_t number, Fd socket)
         : id(number), fd(std::move(socket)), owner_(owner) {}
     void on_events(std::uint32_t) override { owner_.accept_all(*this); }
+    void failed(const std::exception&) override {}  // what was accepted is closed again
     const std::uint64_t id;
     Fd fd;
 
@@ -99,6 +101,8 @@ class Admission::Stranger final : public Pollable {
         }
     }
 
+    void failed(const std::exception&) override { owner_.forget(*this); }
+
     const std::uint64_t listener;
     Fd fd;
     const protocol::Time deadline;
@@ -121,7 +125,11 @@ std::uint64_t Admission::add_listener(Fd fd) {
         listener = std::make_shared<Listener>(*this, next_listener_++, std::move(fd));
         listeners_[listener->id] = listener;
     }
-    engine_.reactor().add(listener->fd.get(), EPOLLIN, listener);
+    if (const auto refused = engine_.reactor().add(listener->fd.get(), EPOLLIN, listener)) {
+        const std::lock_guard lock(mutex_);
+        listeners_.erase(listener->id);
+        throw std::system_error(refused, "epoll_ctl");
+    }
     return listener->id;
 }
 
@@ -170,11 +178,15 @@ bool Admission::refuse_one(Listener& listener) {
         deaf_until_ = now + kDeafFor;
     }
     reserve_ = Fd(::open("/dev/null", O_RDONLY | O_CLOEXEC));
+    say("out of file descriptors: a connection was refused; raise the limit (ulimit -n)", now);
+    return refused >= 0;
+}
+
+void Admission::say(const char* what, protocol::Time now) {
     if (said_at_ == 0 || now - said_at_ > kQuietFor) {
         said_at_ = now;
-        engine_.log(30, "out of file descriptors: a connection was refused; raise the limit (ulimit -n)");
+        engine_.log(30, what);
     }
-    return refused >= 0;
 }
 
 void Admission::listen_again(protocol::Time now) {
@@ -195,36 +207,61 @@ void Admission::admit(std::uint64_t listener, int fd) {
     const protocol::Time now = monotonic_ns();
     auto stranger = std::make_shared<Stranger>(*this, listener, Fd(fd),
                                                now + engine_.options().handshake_timeout_ns);
-    std::shared_ptr<Stranger> oldest;
+    make_room();
     {
         const std::lock_guard lock(mutex_);
         if (closed_) {
             return;
         }
-        if (strangers_.size() >= engine_.options().max_pending) {
-            oldest = strangers_.front();
-        }
         strangers_.push_back(stranger);
     }
-    if (oldest) {
-        forget(*oldest);
+    if (engine_.reactor().add(stranger->fd.get(), EPOLLIN, stranger)) {
+        forget(*stranger);
+        say("out of memory or watches (epoll): a connection was refused", now);
     }
-    engine_.reactor().add(stranger->fd.get(), EPOLLIN, stranger);
 }
 
-void Admission::forget(Stranger& stranger) {
-    engine_.reactor().remove(stranger.fd.get());
+// While Python stands still those that it was handed wait, too: the oldest go.
+void Admission::make_room() {
+    std::shared_ptr<Stranger> oldest;
+    {
+        const std::size_t handed_over = engine_.handed_over();
+        const std::lock_guard lock(mutex_);
+        if (strangers_.size() + handed_over < engine_.options().max_pending) {
+            return;
+        }
+        oldest = strangers_.empty() ? nullptr : strangers_.front();
+    }
+    if (!engine_.drop_oldest_handed_over() && oldest) {
+        forget(*oldest);
+    }
+}
+
+// True for one caller, whose the stranger is then, with its descriptor.
+bool Admission::take(const Stranger& stranger) {
     std::shared_ptr<Stranger> last;
     const std::lock_guard lock(mutex_);
     const auto known = std::find_if(strangers_.begin(), strangers_.end(),
                                     [&](const auto& s) { return s.get() == &stranger; });
-    if (known != strangers_.end()) {
-        last = *known;
-        strangers_.erase(known);
+    if (known == strangers_.end()) {
+        return false;
+    }
+    last = *known;
+    strangers_.erase(known);
+    return true;
+}
+
+// It is closed when the last who looks at it lets go.
+void Admission::forget(Stranger& stranger) {
+    if (take(stranger)) {
+        engine_.reactor().remove(stranger.fd.get());
     }
 }
 
 void Admission::hand_over(Stranger& stranger) {
+    if (!take(stranger)) {
+        return;
+    }
     engine_.reactor().remove(stranger.fd.get());
     Event event;
     event.kind = Event::Kind::accepted;
@@ -232,7 +269,6 @@ void Admission::hand_over(Stranger& stranger) {
     event.preamble.assign(reinterpret_cast<const char*>(stranger.raw.data()), kPreambleNbytes);
     event.fd = stranger.fd.release();
     engine_.post_event(std::move(event));
-    forget(stranger);
 }
 
 // The dialler may be faster than our own Python thread: a lane whose session isn't open yet waits until its
@@ -255,9 +291,15 @@ void Admission::join(Stranger& stranger) {
             return;  // another thread joins it
         }
     }
-    const auto number = protocol::load_le<std::uint32_t>(join + 16);
+    if (take(stranger)) {
+        welcome(stranger, *connection);
+    }
+}
+
+void Admission::welcome(Stranger& stranger, Connection& connection) {
+    const auto number = protocol::load_le<std::uint32_t>(stranger.raw.data() + kPreambleNbytes + 16);
     Fd fd = std::exchange(stranger.fd, Fd());
-    const auto path = std::dynamic_pointer_cast<backends::TcpPath>(connection->path());
+    const auto path = std::dynamic_pointer_cast<backends::TcpPath>(connection.path());
     const bool welcome = path != nullptr && path->reserve_lane(number);
     std::array<std::byte, kJoinAnswerNbytes> answer{};
     std::memcpy(answer.data(), kJoinMagic, sizeof kJoinMagic);
@@ -269,7 +311,6 @@ void Admission::join(Stranger& stranger) {
     } else if (welcome) {
         path->give_back_lane(number);  // the dialler doesn't know of its welcome, and tries again
     }
-    forget(stranger);
 }
 
 void Admission::retry_joins() {

@@ -2,8 +2,8 @@
 // before a deadline.
 //
 // Lives here: listeners, the fixed-size reads before a handshake, their limits. Does not live here: the
-// handshake (Python). Invariant: nothing but fixed-size bytes is read from a stranger, and every stranger is
-// gone by its deadline.
+// handshake (Python). Invariant: nothing but fixed-size bytes is read from a stranger, every stranger is gone
+// by its deadline, and there are max_pending of them at most, those that Python hasn't taken yet counted.
 #pragma once
 
 #include <array>
@@ -20,6 +20,7 @@
 
 namespace kvt::engine {
 
+class Connection;
 class Engine;
 
 class Admission {
@@ -48,16 +49,20 @@ class Admission {
     bool refuse_one(Listener& listener);
     void listen_again(protocol::Time now);
     void admit(std::uint64_t listener, int fd);
+    void make_room();
+    void say(const char* what, protocol::Time now);
+    bool take(const Stranger& stranger);
     void forget(Stranger& stranger);
     void hand_over(Stranger& stranger);
     void join(Stranger& stranger);
+    void welcome(Stranger& stranger, Connection& connection);
 
     Engine& engine_;
     std::mutex mutex_;
     bool closed_ = false;
     std::uint64_t next_listener_ = 1;
     std::unordered_map<std::uint64_t, std::shared_ptr<Listener>> listeners_;
-    std::list<std::shared_ptr<Stranger>> strangers_;  // oldest first
+    std::list<std::shared_ptr<Stranger>> strangers_;  // oldest first; whoever takes one out may end it
     // On the reactor's thread only. The reserve is given up for a moment when descriptors run out, so that
     // the queue can be emptied; where that doesn't help the listeners are deaf for a while.
     Fd reserve_;

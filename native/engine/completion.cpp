@@ -1,13 +1,10 @@
 #include "engine/completion.hpp"
 
 #include <poll.h>
-#include <sys/eventfd.h>
 #include <unistd.h>
 
 #include <algorithm>
-#include <cerrno>
 #include <ctime>
-#include <system_error>
 #include <utility>
 
 #include "base/clock.hpp"
@@ -19,20 +16,12 @@ namespace {
 // The waiter that this thread stands in, so that its own completions need no system call.
 thread_local Waiter* current_waiter = nullptr;
 
-int make_eventfd() {
-    const int fd = ::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    if (fd < 0) {
-        throw std::system_error(errno, std::generic_category(), "eventfd");
-    }
-    return fd;
-}
-
 // One per thread that ever waited, closed with the thread.
 int thread_eventfd() {
     static thread_local Fd fd;
     static thread_local std::uint64_t generation = 0;
     if (!fd || generation != fork_generation()) {
-        fd = Fd(make_eventfd());
+        fd = make_eventfd();
         generation = fork_generation();
     }
     return fd.get();

@@ -75,6 +75,7 @@ std::shared_ptr<TransferHandle> Connection::make_handle(PostArgs& args) {
     handle->meta = std::move(args.meta);
     handle->limits = args.limits;
     handle->gate = args.gate;
+    handle->layer_gate = args.gate;
     if (args.queue) {
         handle->subscribe(std::move(args.queue), args.tag);
     }
@@ -98,12 +99,7 @@ std::shared_ptr<TransferHandle> Connection::post(PostArgs args) {
         args.pool->unuse();
         throw;
     }
-    if (args.gate) {
-        args.gate->attach(taker);
-        if (args.gate->failed()) {
-            taker->fail_gates();
-        }
-    }
+    taker->attach_gate(*handle);
     taker->settle(handle->role == protocol::Role::source ? handle->nbytes : 0);
     return handle;
 }
@@ -213,6 +209,9 @@ void Connection::messages_taken(std::uint64_t nbytes) {
 // ---- acting on the session's output
 
 void Connection::settle(std::uint64_t small_nbytes) {
+    if (forked()) {
+        return;
+    }
     while (settle_once(small_nbytes)) {
         small_nbytes = 0;
     }
@@ -274,8 +273,14 @@ bool Connection::settle_once(std::uint64_t small_nbytes) {
     if (output.payload && output.path) {
         output.path->kick(small_nbytes);
     }
-    engine_.need_by(output.deadline, output.gated ? this : nullptr);
-    return !output.quiescing.empty();
+    engine_.need_by(output.deadline, output.gated ? shared_from_this() : nullptr);
+    return !output.quiescing.empty() || (small_nbytes != 0 && output.payload && has_output());
+}
+
+// What this thread wrote itself has ended, or stands at a shut gate: nobody else says so.
+bool Connection::has_output() const {
+    const std::lock_guard lock(mutex_);
+    return session_.has_output();
 }
 
 // Small transfers ride on the control stream. Under the lock: at most 16 KiB are copied a frame.
@@ -381,6 +386,9 @@ Connection::LayerState Connection::wait_layer(const std::shared_ptr<TransferHand
                                               std::uint32_t layer, std::int64_t until) {
     Waiter waiter;
     std::unique_lock lock(mutex_);
+    if (handle->connection().get() != this) {
+        return LayerState::waiting;
+    }
     const auto span = std::find_if(handle->spans.begin(), handle->spans.end(),
                                    [&](const auto& s) { return s.layer == layer; });
     if (span == handle->spans.end()) {
@@ -394,6 +402,9 @@ Connection::LayerState Connection::wait_layer(const std::shared_ptr<TransferHand
         lock.unlock();
         const bool signalled = waiter.wait(until);
         lock.lock();
+        if (handle->connection().get() != this) {
+            return LayerState::waiting;  // adopt() has withdrawn the waiter; the handle isn't ours to read
+        }
         if (!signalled) {
             break;  // time, or a signal for the interpreter
         }
@@ -408,6 +419,9 @@ Connection::LayerState Connection::wait_layer(const std::shared_ptr<TransferHand
 // ---- loss and the clock
 
 void Connection::close(Cause cause, const std::string& reason, bool tell) {
+    if (forked()) {
+        return;
+    }
     const Visit here(*this);
     std::shared_ptr<backends::Path> path;
     {

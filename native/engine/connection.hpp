@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "backends/path.hpp"
+#include "base/fd.hpp"
 #include "engine/gate.hpp"
 #include "engine/handle.hpp"
 #include "engine/tally.hpp"
@@ -69,7 +70,8 @@ class Connection final : public backends::PathHost, public std::enable_shared_fr
     void refuse(const std::string& key, const std::string& reason, protocol::Time remember_ns);
     /// Waits until done; false at `until` or when a signal handler ran. Drives the connection while it waits.
     bool wait(Handle& handle, std::int64_t until);
-    /// Waits until the layer (by the pool's index) has landed or the transfer is over.
+    /// Waits until the layer (by the pool's index) has landed or the transfer is over. `waiting`: time, a
+    /// signal handler, or the transfer is another connection's now.
     enum class LayerState { landed, over, waiting, unknown };
     LayerState wait_layer(const std::shared_ptr<TransferHandle>& handle, std::uint32_t layer,
                           std::int64_t until);
@@ -82,6 +84,7 @@ class Connection final : public backends::PathHost, public std::enable_shared_fr
     // The reactor's: deadlines, heartbeats, gates.
     protocol::Time on_tick(protocol::Time now, bool heartbeat, bool resumed);
     bool poll_gates();
+    bool gates_wait() const;
     /// A gate has failed: ends what waits for it, matched or not.
     void fail_gates();
 
@@ -121,6 +124,8 @@ class Connection final : public backends::PathHost, public std::enable_shared_fr
         session_id_ = std::move(id);
     }
     Engine& engine() noexcept { return engine_; }
+    /// In a child of fork(): the locks may be held for ever, and the descriptors' numbers are others'.
+    bool forked() const noexcept { return generation_ != fork_generation(); }
     std::shared_ptr<backends::Path> path() const;
     std::string backend() const;
     /// Who the peer is, for errors.
@@ -167,6 +172,7 @@ class Connection final : public backends::PathHost, public std::enable_shared_fr
     std::shared_ptr<Connection> place(const std::shared_ptr<TransferHandle>& handle, std::uint64_t pool_id);
     void settle(std::uint64_t small_nbytes);
     bool settle_once(std::uint64_t small_nbytes);
+    bool has_output() const;
     void put_inline();
     bool lane_grace_over(protocol::Time now);
     void unwatch_process();
@@ -175,6 +181,7 @@ class Connection final : public backends::PathHost, public std::enable_shared_fr
     void complete(const protocol::MessagePtr& message, bool counted = true);
     void count(Operation operation, protocol::Cause outcome, std::uint64_t nbytes, std::int64_t ns);
     bool take_over(TransferHandle& handle, const protocol::TransferPtr& transfer, protocol::Time now);
+    void attach_gate(TransferHandle& handle);
     void claim(const std::shared_ptr<TransferHandle>& handle);
     void defer(const std::shared_ptr<MessageHandle>& message);
     bool undefer(const std::shared_ptr<MessageHandle>& message);
@@ -182,6 +189,7 @@ class Connection final : public backends::PathHost, public std::enable_shared_fr
                          const std::shared_ptr<TransferHandle>& after);
 
     Engine& engine_;
+    const std::uint64_t generation_ = fork_generation();
     std::string session_id_;
     Tally tally_;
     std::atomic<Tally*> backend_tally_;  // the engine's, of the backend in use

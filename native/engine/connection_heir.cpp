@@ -4,6 +4,7 @@
 // Whoever still holds the old one, in the middle of a call even, finds its heir: a post is made there.
 #include <iterator>
 #include <utility>
+#include <vector>
 
 #include "base/clock.hpp"
 #include "engine/connection.hpp"
@@ -59,16 +60,33 @@ bool Connection::take_over(TransferHandle& handle, const protocol::TransferPtr& 
     return false;
 }
 
+// Not under the lock: a gate that has failed ends what waits for it.
+void Connection::attach_gate(TransferHandle& handle) {
+    if (handle.layer_gate) {
+        handle.layer_gate->attach(shared_from_this());
+        if (handle.layer_gate->failed()) {
+            fail_gates();
+        }
+    }
+}
+
 void Connection::adopt(const std::shared_ptr<Connection>& other) {
     std::vector<protocol::TransferPtr> refused;
+    std::vector<std::shared_ptr<TransferHandle>> gated;
     const Time now = monotonic_ns();
     {
         const std::scoped_lock lock(mutex_, other->mutex_);
         for (auto& transfer : other->session_.give_up_posts()) {
             auto handle = std::static_pointer_cast<TransferHandle>(transfer);
             handle->move_to(shared_from_this());
+            // Who waits for a layer looks for the handle's new lock.
+            for (Sink* const waiter : std::exchange(handle->layer_waiters, {})) {
+                waiter->signal(0);
+            }
             if (!take_over(*handle, transfer, now)) {
                 refused.push_back(std::move(transfer));
+            } else if (handle->layer_gate) {
+                gated.push_back(std::move(handle));
             }
         }
         for (auto& message : other->session_.give_up_messages()) {
@@ -87,6 +105,9 @@ void Connection::adopt(const std::shared_ptr<Connection>& other) {
         complete(transfer);
     }
     other->engine_.forget(*other);
+    for (const auto& handle : gated) {
+        attach_gate(*handle);
+    }
     settle();
 }
 

@@ -183,7 +183,9 @@ void Connection::watch_process(int pid) {
     if (!watch) {
         return;
     }
-    engine_.reactor().add(watch->fd(), EPOLLIN, watch);
+    if (engine_.reactor().add(watch->fd(), EPOLLIN, watch)) {
+        return;  // its silence will do
+    }
     {
         const std::lock_guard lock(mutex_);
         watch_ = std::move(watch);
@@ -235,7 +237,11 @@ std::size_t Connection::unfinished() const {
 }
 
 std::string Connection::state_of(const TransferHandle& handle) const {
-    const std::lock_guard lock(mutex_);
+    std::unique_lock lock(mutex_);
+    if (const auto owner = handle.connection(); owner.get() != this) {
+        lock.unlock();
+        return owner->state_of(handle);
+    }
     if (handle.done()) {
         switch (handle.result.outcome.cause) {
             case Cause::ok: return "done";
@@ -251,7 +257,11 @@ std::string Connection::state_of(const TransferHandle& handle) const {
 }
 
 std::pair<std::uint64_t, std::uint64_t> Connection::progress_of(const TransferHandle& handle) const {
-    const std::lock_guard lock(mutex_);
+    std::unique_lock lock(mutex_);
+    if (const auto owner = handle.connection(); owner.get() != this) {
+        lock.unlock();
+        return owner->progress_of(handle);
+    }
     if (handle.role == protocol::Role::destination) {
         return {handle.verified.nbytes(), handle.nbytes};
     }
@@ -264,6 +274,9 @@ std::pair<std::uint64_t, std::uint64_t> Connection::progress_of(const TransferHa
 // ---- gates
 
 void Connection::fail_gates() {
+    if (forked()) {
+        return;
+    }
     {
         const std::lock_guard lock(mutex_);
         session_.fail_gates(monotonic_ns());
@@ -273,15 +286,24 @@ void Connection::fail_gates() {
 
 bool Connection::poll_gates() {
     bool waits = false, changed = false;
+    if (forked()) {
+        return false;
+    }
     {
         const std::lock_guard lock(mutex_);
+        const bool moves = session_.has_chunks();  // then the lanes are at it, and find the rest
         waits = session_.poll_gates(monotonic_ns());
-        changed = session_.has_output() || session_.has_chunks();
+        changed = session_.has_output() || (!moves && session_.has_chunks());
     }
     if (changed) {
         settle();
     }
     return waits;
+}
+
+bool Connection::gates_wait() const {
+    const std::lock_guard lock(mutex_);
+    return session_.gates_wait();
 }
 
 void LayerGate::attach(const std::shared_ptr<Connection>& connection) {
@@ -296,6 +318,9 @@ void LayerGate::attach(const std::shared_ptr<Connection>& connection) {
 }
 
 void LayerGate::kick() {
+    if (generation_ != fork_generation()) {
+        return;
+    }
     std::vector<std::weak_ptr<Connection>> known;
     {
         const std::lock_guard lock(mutex_);

@@ -1,7 +1,6 @@
 #include "engine/engine.hpp"
 
 #include <poll.h>
-#include <sys/eventfd.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -60,8 +59,8 @@ const char* cause_word(Cause cause) noexcept {
 Engine::Engine(Options options)
     : options_(std::move(options)),
       generation_(fork_generation()),
-      events_(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)),
-      messages_event_(std::make_shared<Fd>(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK))) {
+      events_(make_eventfd()),
+      messages_event_(std::make_shared<Fd>(make_eventfd())) {
     reactor_ = std::make_unique<Reactor>(*this);
     for (unsigned i = 0; i < std::max(1u, options_.movers); ++i) {
         const int cpu = options_.cpus.empty() ? -1 : options_.cpus[i % options_.cpus.size()];
@@ -210,7 +209,7 @@ void Engine::forget(const Connection& connection) {
         last = known->second;
         connections_.erase(known);
     }
-    gated_.erase(const_cast<Connection*>(&connection));
+    gated_.erase(&connection);
 }
 
 void Engine::lost(const std::shared_ptr<Connection>& connection, Cause cause, const std::string& reason) {
@@ -292,11 +291,13 @@ void Engine::release(TransferHandle& handle) noexcept {
 
 // ---- the reactor's turn
 
-void Engine::need_by(Time deadline, Connection* gated) {
+void Engine::need_by(Time deadline, const std::shared_ptr<Connection>& gated) {
     bool wake = false;
-    if (gated != nullptr) {
+    if (gated) {
         const std::lock_guard lock(mutex_);
-        wake = gated_.insert(gated).second;
+        auto& known = gated_[gated.get()];
+        wake = known.expired();
+        known = gated;
     }
     Time known = next_deadline_.load();
     while (deadline < known && !next_deadline_.compare_exchange_weak(known, deadline)) {
@@ -314,23 +315,42 @@ Time Engine::tick_all(Time now, bool heartbeat, bool resumed) {
     return next;
 }
 
-bool Engine::poll_gated() {
+// Returns when to look next. However often the loop is woken meanwhile, progress words are looked at no more
+// often than that. A connection stays among the gated for as long as a gate waits, so that what moves beside
+// it wakes nobody.
+Time Engine::poll_gated(Time now) {
     std::vector<std::shared_ptr<Connection>> waiting;
     {
         const std::lock_guard lock(mutex_);
-        for (Connection* connection : gated_) {
-            waiting.push_back(connection->shared_from_this());
+        if (gated_.empty()) {
+            return kNever;
         }
-        gated_.clear();
+        if (now < next_gate_poll_) {
+            return next_gate_poll_;
+        }
+        std::erase_if(gated_, [&](const auto& known) {
+            auto connection = known.second.lock();
+            const bool gone = connection == nullptr;
+            if (!gone) {
+                waiting.push_back(std::move(connection));
+            }
+            return gone;
+        });
     }
     for (const auto& connection : waiting) {
-        if (connection->poll_gates() && !connection->is_lost()) {
-            const std::lock_guard lock(mutex_);
-            gated_.insert(connection.get());
+        if (!connection->poll_gates() || connection->is_lost()) {
+            // It is out before the second look: a post that comes between them puts it in again.
+            {
+                const std::lock_guard lock(mutex_);
+                gated_.erase(connection.get());
+            }
+            if (connection->gates_wait() && !connection->is_lost()) {
+                need_by(kNever, connection);
+            }
         }
     }
-    const std::lock_guard lock(mutex_);
-    return !gated_.empty();
+    next_gate_poll_ = now + kGatePollNs;
+    return next_gate_poll_;
 }
 
 Time Engine::turn() {
@@ -352,10 +372,13 @@ Time Engine::turn() {
     }
     Time next = std::min(any ? next_heartbeat_ : kNever, next_deadline_.load());
     next = std::min(next, admission_->expire(now));
-    if (poll_gated()) {
-        next = std::min(next, now + kGatePollNs);
-    }
+    next = std::min(next, poll_gated(now));
     planned_.store(next);
+    // A deadline that came meanwhile was compared with the plan before this one.
+    if (const Time since = next_deadline_.load(); since < next) {
+        next = since;
+        planned_.store(next);
+    }
     return next;
 }
 
@@ -374,14 +397,34 @@ void Engine::post_event(Event event) {
         }
         return;
     }
+    handed_over_ += event.fd >= 0 ? 1u : 0u;
     pending_events_.push_back(std::move(event));
     raise_fd(events_);
 }
 
-std::vector<Event> Engine::poll_events() {
+std::deque<Event> Engine::poll_events() {
     const std::lock_guard lock(events_mutex_);
     lower_fd(events_);
+    handed_over_ = 0;
     return std::exchange(pending_events_, {});
+}
+
+std::size_t Engine::handed_over() {
+    const std::lock_guard lock(events_mutex_);
+    return handed_over_;
+}
+
+bool Engine::drop_oldest_handed_over() {
+    const std::lock_guard lock(events_mutex_);
+    const auto oldest = std::find_if(pending_events_.begin(), pending_events_.end(),
+                                     [](const Event& event) { return event.fd >= 0; });
+    if (oldest == pending_events_.end()) {
+        return false;
+    }
+    ::close(oldest->fd);
+    pending_events_.erase(oldest);
+    --handed_over_;
+    return true;
 }
 
 void Engine::log(int level, std::string text) {

@@ -14,7 +14,6 @@
 #include <mutex>
 #include <string>
 #include <unordered_map>
-#include <unordered_set>
 #include <vector>
 
 #include "backends/mover.hpp"
@@ -34,7 +33,6 @@ struct Options {
     protocol::Time ping_every_ns = 250'000'000;
     protocol::Time handshake_timeout_ns = 3'000'000'000;
     std::uint32_t max_pending = 64;
-    int socket_buffer_nbytes = 0;  // 0: the default that backends/tcp gives
     std::uint64_t max_transfer_pieces = 16u << 20;
     protocol::SessionConfig session;  // what every session begins with: the limits of Config
 };
@@ -77,7 +75,7 @@ class Engine {
     // For connections.
     void claim(TransferHandle& handle);
     void release(TransferHandle& handle) noexcept;
-    void need_by(protocol::Time deadline, Connection* gated);
+    void need_by(protocol::Time deadline, const std::shared_ptr<Connection>& gated);
     void lost(const std::shared_ptr<Connection>& connection, protocol::Cause cause,
               const std::string& reason);
     void deliver(const std::shared_ptr<Connection>& from, std::vector<protocol::Bytes> messages);
@@ -90,8 +88,11 @@ class Engine {
 
     // For Python.
     int event_fd();
-    std::vector<Event> poll_events();
+    std::deque<Event> poll_events();
     void post_event(Event event);
+    /// Connections that were accepted and that Python hasn't taken yet.
+    std::size_t handed_over();
+    bool drop_oldest_handed_over();
     void log(int level, std::string text);
     struct Delivered {
         std::string session_id;
@@ -108,7 +109,7 @@ class Engine {
     void wait_for_visitors();
     std::vector<std::shared_ptr<Connection>> all_connections();
     protocol::Time tick_all(protocol::Time now, bool heartbeat, bool resumed);
-    bool poll_gated();
+    protocol::Time poll_gated(protocol::Time now);
 
     Options options_;
     std::uint64_t generation_;
@@ -119,7 +120,7 @@ class Engine {
 
     std::mutex mutex_;  // connections, pools
     std::unordered_map<std::string, std::shared_ptr<Connection>> connections_;
-    std::unordered_set<Connection*> gated_;
+    std::unordered_map<const Connection*, std::weak_ptr<Connection>> gated_;
     std::uint64_t next_pool_ = 1, next_claim_ = 1;
 
     memory::BusyTable busy_;
@@ -127,7 +128,7 @@ class Engine {
     std::unordered_map<std::uint64_t, std::string> claim_keys_;
 
     std::atomic<protocol::Time> next_deadline_{protocol::kNever}, planned_{0};
-    protocol::Time next_heartbeat_ = 0;
+    protocol::Time next_heartbeat_ = 0, next_gate_poll_ = 0;
 
     std::mutex tallies_mutex_;
     std::map<std::string, Tally> tallies_;
@@ -138,7 +139,8 @@ class Engine {
 
     std::mutex events_mutex_;
     Fd events_;
-    std::vector<Event> pending_events_;
+    std::deque<Event> pending_events_;
+    std::size_t handed_over_ = 0;  // of them
 
     std::mutex messages_mutex_;
     std::shared_ptr<Fd> messages_event_;  // null when closed

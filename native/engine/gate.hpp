@@ -2,10 +2,12 @@
 // marked.
 #pragma once
 
+#include <cstdint>
 #include <memory>
 #include <mutex>
 #include <vector>
 
+#include "base/fd.hpp"
 #include "protocol/gate.hpp"
 
 namespace kvt::engine {
@@ -17,10 +19,12 @@ class LayerGate final : public protocol::Gate {
     using protocol::Gate::Gate;
     /// A transfer on this connection waits for the gate.
     void attach(const std::shared_ptr<Connection>& connection);
-    /// Has every attached connection look at the gate now; drops those that are gone.
+    /// Has every attached connection look at the gate now. Nothing in a child of fork(): they are its
+    /// parent's.
     void kick();
 
   private:
+    const std::uint64_t generation_ = fork_generation();
     std::mutex mutex_;
     std::vector<std::weak_ptr<Connection>> connections_;
 };

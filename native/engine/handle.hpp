@@ -19,6 +19,7 @@
 namespace kvt::engine {
 
 class Connection;
+class LayerGate;
 
 struct Result {
     protocol::Outcome outcome;
@@ -59,9 +60,10 @@ class TransferHandle final : public protocol::Transfer, public Handle {
     void signal_progress() noexcept;
 
     Result result;
-    bool key_is_text = true;           // the user's key was a str
-    std::uint64_t claim_id = 0;        // in the engine's table of busy destination bytes; 0: none
-    std::vector<Sink*> layer_waiters;  // under the session's lock
+    bool key_is_text = true;                // the user's key was a str
+    std::uint64_t claim_id = 0;             // in the engine's table of busy destination bytes; 0: none
+    std::vector<Sink*> layer_waiters;       // under the lock of the session whose it is
+    std::shared_ptr<LayerGate> layer_gate;  // `gate`, to be attached where the post is made
     std::atomic<std::uint64_t> landed{0};
 
   private:

@@ -18,6 +18,12 @@ std::shared_ptr<ProcessWatch> ProcessWatch::open(pid_t pid, const std::shared_pt
     return nullptr;
 }
 
+void ProcessWatch::failed(const std::exception& why) {
+    if (const auto connection = connection_.lock()) {
+        connection->give_up(why);
+    }
+}
+
 void ProcessWatch::on_events(std::uint32_t) {
     const auto connection = connection_.lock();
     if (!connection) {

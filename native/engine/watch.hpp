@@ -20,6 +20,7 @@ class ProcessWatch final : public Pollable {
     ProcessWatch(Fd fd, std::weak_ptr<Connection> connection)
         : fd_(std::move(fd)), connection_(std::move(connection)) {}
     void on_events(std::uint32_t events) override;
+    void failed(const std::exception& why) override;
     int fd() const noexcept { return fd_.get(); }
 
   private:

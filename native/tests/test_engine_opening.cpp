@@ -158,7 +158,7 @@ TEST_CASE("a loop that has ended lets go of what is added") {
     loop.start();
     loop.stop();
     const Fd socket(::socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0));
-    CHECK_NOTHROW(loop.add(socket.get(), 0, nullptr));
+    CHECK_FALSE(loop.add(socket.get(), 0, nullptr));
 }
 
 TEST_CASE("an engine goes while its peer in the process is at work") {
@@ -227,4 +227,84 @@ TEST_CASE("posted while another connection takes the place") {
             CHECK(message->result.outcome.cause == Cause::ok);
         }
     }
+}
+
+TEST_CASE("a wait for a layer ends when another connection takes the place") {
+    for (int round = 0; round < 20; ++round) {
+        EnginePair pair(kSmall);
+        const auto early = pair.a.engine->new_connection("early");
+        const auto received = early->post(pair.a.args(Role::destination, "k", {0, 1}));
+        std::atomic<int> waiting{0};
+        std::vector<std::thread> threads;
+        for (int i = 0; i < 4; ++i) {
+            threads.emplace_back([&] {
+                ++waiting;
+                const Time until = deadline();
+                while (received->connection()->wait_layer(received, 0, until) ==
+                           Connection::LayerState::waiting &&
+                       monotonic_ns() < until) {
+                }
+            });
+        }
+        const Time until = monotonic_ns() + 5 * kSecond;
+        std::thread asks_the_old(
+            [&] { CHECK(early->wait_layer(received, 0, until) == Connection::LayerState::waiting); });
+        while (waiting < 4) {
+            std::this_thread::yield();
+        }
+        pair.a.connection->adopt(early);
+        asks_the_old.join();
+        CHECK(monotonic_ns() < until);
+        const auto sent = pair.b.post(Role::source, "k", {0, 1});
+        CHECK(pair.b.outcome(*sent) == Cause::ok);
+        for (auto& thread : threads) {
+            thread.join();
+        }
+        CHECK(received->done());
+    }
+}
+
+TEST_CASE("a gate that fails after another connection has taken the place, or while it does") {
+    for (int round = 0; round < 60; ++round) {
+        EnginePair pair(kSmall);
+        const auto early = pair.a.engine->new_connection("early");
+        const auto gate = std::make_shared<LayerGate>(1);
+        auto args = pair.a.args(Role::source, "k", {0, 1});
+        args.gate = gate;
+        const auto sent = early->post(std::move(args));
+        std::atomic<bool> go{round < 3};
+        std::thread failing([&] {
+            while (!go.load()) {
+            }
+            for (int i = 0; i < round * 5; ++i) {
+                (void)early->is_open();
+            }
+            gate->fail("the model stopped");
+            gate->kick();
+        });
+        if (round < 3) {
+            failing.join();
+        }
+        go.store(true);
+        pair.a.connection->adopt(early);
+        if (round >= 3) {
+            failing.join();
+        }
+        CHECK(pair.a.outcome(*sent) == Cause::cancelled);
+    }
+}
+
+TEST_CASE("a gate is marked on the connection that took the place") {
+    EnginePair pair(kSmall);
+    const auto early = pair.a.engine->new_connection("early");
+    const auto gate = std::make_shared<LayerGate>(1);
+    auto args = pair.a.args(Role::source, "k", {0, 1});
+    args.gate = gate;
+    const auto sent = early->post(std::move(args));
+    const auto received = pair.b.post(Role::destination, "k", {0, 1});
+    pair.a.connection->adopt(early);
+    gate->mark(0);
+    gate->kick();
+    CHECK(pair.a.outcome(*sent) == Cause::ok);
+    CHECK(pair.b.outcome(*received) == Cause::ok);
 }

@@ -182,6 +182,25 @@ def test_caps_excess_is_the_peers(scene, data):
     scene.ends_with(ResourceLimit, on_control(data))
 
 
+def test_caps_chunks_with_gaps():
+    """A transfer's bytes in too many pieces end that connection; the endpoint goes on."""
+    total = 1 << 20
+    data = b"".join(hostile.chunk(1, 2 * n, b"x", total) for n in range(8200))
+    with Endpoint(Config(backends=("tcp",))) as endpoint:
+        where = endpoint.listen("127.0.0.1:0")
+        mine = endpoint.register(np.zeros((1, total), dtype=np.uint8))
+        with Hostile(where) as peer:
+            connection = endpoint.accept(timeout=LIMIT_S)
+            got = connection.recv_blocks(mine, [0], key="ours")
+            with contextlib.suppress(OSError):
+                peer.join().sendall(data)
+            with pytest.raises(ResourceLimit):
+                got.result(LIMIT_S)
+            until(lambda: connection.state == "lost")
+        with Hostile(where):
+            assert endpoint.accept(timeout=LIMIT_S).state == "open"
+
+
 @pytest.mark.parametrize("mib", [1, 64])
 def test_caps_answers_that_are_not_read(mib):
     """They wait here, by max_control_queue_nbytes."""
