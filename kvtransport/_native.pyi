@@ -70,13 +70,10 @@ class Engine:
         control_fd: int,
         *,
         session_id: bytes,
-        initiator: bool,
-        peer_incarnation: bytes,
         protection: str,
         lanes: int,
         chunk_nbytes: int,
         peer_pid: int,
-        peer_caps: int,
         backend: str = "tcp",
         peer_max_unmatched: int = 1024,
         peer_max_regions: int = 1024,
@@ -96,6 +93,7 @@ class Engine:
     def operations(self) -> dict[str, Any]: ...
     def forked(self) -> bool: ...
     def close(self) -> None: ...
+    def wait_for_callers(self, timeout_s: float) -> bool: ...
 
 class Session:
     @property

@@ -19,6 +19,7 @@ from kvtransport import _native
 from kvtransport.completion import CompletionQueue
 from kvtransport.errors import (
     ConnectionClosed,
+    ForkedProcessError,
     KVTransportError,
     PeerLost,
     RemoteProtocolError,
@@ -219,7 +220,10 @@ class Connection:
 
     def __repr__(self) -> str:
         """Peer, state and backend."""
-        return f"<Connection to {self.peer} {self.state} over {self.backend}>"
+        try:
+            return f"<Connection to {self.peer} {self.state} over {self.backend}>"
+        except ForkedProcessError:
+            return f"<Connection to {self.peer} of another process>"
 
     # --- for the acceptor and the endpoint -----------------------------------------------------------------
 

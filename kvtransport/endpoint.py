@@ -37,6 +37,9 @@ from kvtransport.types import Peer
 _GRACE_S: Final = 5.0
 """A connect's outcome may come so much later than its deadline, where others hold the GIL."""
 
+_CALLERS_S: Final = 1.0
+"""Threads that waited in the engine see its end at once, but need the GIL to leave: before the interpreter ends."""
+
 
 class Endpoint:
     """The end of all connections of this process. A context manager; usually one per process.
@@ -65,11 +68,7 @@ class Endpoint:
                 self._engine.close()
                 raise
         except OSError as e:
-            if e.errno not in (errno.EMFILE, errno.ENFILE):
-                raise
-            raise ResourceLimit(
-                "too few file descriptors for an endpoint; raise the limit (ulimit -n)"
-            ) from e
+            raise _for_users(e, "an endpoint") from None
         self._finalizer = weakref.finalize(
             self, _shut_down, self._pid, self._acceptor, self._engine, self._bridges
         )
@@ -88,9 +87,13 @@ class Endpoint:
         they see.
 
         InsecureConfigError: without a key, only unix sockets and loopback are allowed. OSError: it is in use.
+        ResourceLimit: too few descriptors.
         """
         self._check()
-        return self._acceptor.listen(address, advertise)
+        try:
+            return self._acceptor.listen(address, advertise)
+        except OSError as e:
+            raise _for_users(e, "another listener") from None
 
     def descriptor(self) -> str:
         """Return a short printable string for a peer's `connect`: who this is, and all addresses it listens
@@ -265,6 +268,8 @@ class Endpoint:
 
     def paths(self, connection: Connection) -> list[str]:
         """Return the lines of `Connection.explain` about ways: which is used, and why others are not."""
+        if os.getpid() != self._pid:
+            self._check()
         return self._acceptor.paths(connection)
 
     def stats(self) -> dict[str, Any]:
@@ -303,6 +308,8 @@ class Endpoint:
         self.close()
 
     def __repr__(self) -> str:
+        if os.getpid() != self._pid:  # whose locks may be held for ever
+            return f"<Endpoint {self._incarnation[:4].hex()}: another process's>"
         state = "closed" if self._closed else ", ".join(self._acceptor.addresses()) or "not listening"
         return f"<Endpoint {self._incarnation[:4].hex()}: {state}>"
 
@@ -330,6 +337,12 @@ class Endpoint:
                     owner._pools.discard(pool)
 
         return forget
+
+
+def _for_users(error: OSError, what: str) -> Exception:
+    if error.errno not in (errno.EMFILE, errno.ENFILE):
+        return error
+    return ResourceLimit(f"too few file descriptors for {what}; raise the limit (ulimit -n)")
 
 
 def _engine(incarnation: bytes, config: Config) -> _native.Engine:
@@ -376,6 +389,7 @@ def _shut_down(pid: int, acceptor: Acceptor, engine: _native.Engine, bridges: Lo
     engine.close()
     acceptor.drain()
     bridges.close()
+    engine.wait_for_callers(_CALLERS_S)
 
 
 _living: weakref.WeakSet[Endpoint] = weakref.WeakSet()

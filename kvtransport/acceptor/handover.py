@@ -28,14 +28,11 @@ def open_session(
     return engine.open_session(
         sock.detach(),
         session_id=terms.session_id,
-        initiator=terms.initiator,
-        peer_incarnation=terms.peer.incarnation,
         protection=terms.protection,
         lanes=terms.lanes,
         # 0: the native formula, by the size of each transfer. Else what one of the sides has set.
         chunk_nbytes=terms.chunk_nbytes if terms.chunk_nbytes < messages.CHUNK_MAX_NBYTES else 0,
         peer_pid=peer_pid,
-        peer_caps=terms.capabilities,
         backend=backend,
         peer_max_unmatched=limits.max_unmatched,
         peer_max_regions=limits.max_regions,

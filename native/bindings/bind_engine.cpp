@@ -5,6 +5,8 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cerrno>
+#include <system_error>
 
 #include "backends/inproc.hpp"
 #include "backends/tcp.hpp"
@@ -30,11 +32,11 @@ nb::tuple event_tuple(const engine::Event& event) {
                                   nb::bytes(event.preamble.data(), event.preamble.size()));
         case Kind::lost:
             return nb::make_tuple("lost", nb::bytes(event.session_id.data(), event.session_id.size()),
-                                  event.cause, event.text);
+                                  event.cause, shown(event.text));
         case Kind::messages: return nb::make_tuple("message");
         case Kind::log: break;
     }
-    return nb::make_tuple("log", event.level, event.text);
+    return nb::make_tuple("log", event.level, shown(event.text));
 }
 
 // What both sides say of their limits: ours, and what the peer holds us to.
@@ -53,14 +55,13 @@ protocol::SessionConfig session_config(const engine::Engine& engine, const std::
     return config;
 }
 
-void attach_tcp(PySession& session, int control_fd, const std::string& session_id,
+void attach_tcp(PySession& session, Fd control, const std::string& session_id,
                 const protocol::SessionConfig& config, const backends::TcpOptions& options, int peer_pid) {
-    Fd control(control_fd);
     engine::Engine& engine = *session.engine;
     if (engine.closed()) {
         throw engine::NotUsable(protocol::Cause::connection_closed, "the endpoint is closed");
     }
-    ::fcntl(control_fd, F_SETFL, ::fcntl(control_fd, F_GETFL) | O_NONBLOCK);
+    ::fcntl(control.get(), F_SETFL, ::fcntl(control.get(), F_GETFL) | O_NONBLOCK);
     auto path = std::make_shared<backends::TcpPath>(session.connection, engine.reactor(), engine.movers(),
                                                     std::move(control), options);
     engine.rename(session.connection, session_id);
@@ -73,11 +74,11 @@ void attach_tcp(PySession& session, int control_fd, const std::string& session_i
     engine.admission().retry_joins();
 }
 
-PySession open_session(PyEngine& self, int control_fd, nb::bytes session_id, bool, nb::bytes,
-                       const std::string& protection, unsigned lanes, std::uint64_t chunk_nbytes,
-                       int peer_pid, std::uint64_t, const std::string& backend, std::uint32_t peer_unmatched,
-                       std::uint32_t peer_regions, std::uint64_t peer_message_queue_nbytes,
-                       int socket_buffer_nbytes) {
+PySession open_session(PyEngine& self, int control_fd, nb::bytes session_id, const std::string& protection,
+                       unsigned lanes, std::uint64_t chunk_nbytes, int peer_pid, const std::string& backend,
+                       std::uint32_t peer_unmatched, std::uint32_t peer_regions,
+                       std::uint64_t peer_message_queue_nbytes, int socket_buffer_nbytes) {
+    Fd control(control_fd);  // ours from here on, whatever the outcome
     require_alive(*self.engine);
     const std::string id(session_id.c_str(), session_id.size());
     return translate([&] {
@@ -85,8 +86,8 @@ PySession open_session(PyEngine& self, int control_fd, nb::bytes session_id, boo
                                      peer_message_queue_nbytes);
         config.chunk_nbytes = chunk_nbytes;
         PySession session{self.engine, self.engine->new_connection(id), 0};
-        attach_tcp(session, control_fd, id, config, {lanes, socket_buffer_nbytes, config.digest, backend},
-                   peer_pid);
+        attach_tcp(session, std::move(control), id, config,
+                   {lanes, socket_buffer_nbytes, config.digest, backend}, peer_pid);
         return session;
     });
 }
@@ -103,6 +104,7 @@ protocol::SessionConfig inproc_config(const engine::Engine& engine, const engine
 nb::tuple open_inproc_pair(PyEngine& self, PyEngine& other, nb::bytes session_id,
                            const std::string& protection, PySession* mine, PySession* theirs) {
     require_alive(*self.engine);
+    require_alive(*other.engine);
     const std::string id(session_id.c_str(), session_id.size());
     auto pair = translate([&] {
         const auto config_a = inproc_config(*self.engine, *other.engine, protection);
@@ -132,7 +134,7 @@ nb::tuple open_inproc_pair(PyEngine& self, PyEngine& other, nb::bytes session_id
 nb::list recv_messages(PyEngine& self, double timeout_s) {
     require_alive(*self.engine);
     std::vector<engine::Engine::Delivered> got;
-    wait_with_signals(timeout_s, [&](std::int64_t until) {
+    wait_with_signals(self.engine, timeout_s, [&](std::int64_t until) {
         got = self.engine->recv_messages(until);
         return !got.empty() || self.engine->closed();
     });
@@ -163,7 +165,8 @@ PyPool make_pool(PyEngine& engine, nb::object name, nb::list groups, nb::list la
 
 bool close_pool(PyPool& self, double timeout_s) {
     require_alive(*self.engine);
-    return wait_with_signals(timeout_s,
+    const engine::Pool::Closing closing(*self.pool);  // between the slices, too
+    return wait_with_signals(self.engine, timeout_s,
                              [&](std::int64_t until) { return self.engine->close_pool(self.pool, until); });
 }
 
@@ -176,19 +179,21 @@ std::int64_t until_of(double seconds) noexcept {
     return monotonic_ns() + static_cast<std::int64_t>(seconds * 1e9);
 }
 
-bool wait_with_signals(double timeout_s, const std::function<bool(std::int64_t)>& step) {
+bool wait_with_signals(const EnginePtr& engine, double timeout_s,
+                       const std::function<bool(std::int64_t)>& step) {
     const std::int64_t until = until_of(timeout_s);
     for (;;) {
         // A condition variable isn't ended by a signal, hence slices; what waits on a descriptor is, at once.
         const std::int64_t slice = std::min(until, monotonic_ns() + 200'000'000);
         bool over = false;
-        translate([&] { over = step(slice); });
+        {
+            const Calling here(engine->callers);
+            translate([&] { over = step(slice); });
+        }
         if (over) {
             return true;
         }
-        if (PyErr_CheckSignals() != 0) {
-            throw nb::python_error();
-        }
+        check_signals();
         if (monotonic_ns() >= until) {
             return false;
         }
@@ -197,14 +202,31 @@ bool wait_with_signals(double timeout_s, const std::function<bool(std::int64_t)>
 
 namespace {
 
-void bind_queue_and_gate(nb::module_& m) {
+void bind_queue(nb::module_& m) {
     nb::class_<PyQueue>(m, "Queue")
-        .def("__init__", [](PyQueue* self) { new (self) PyQueue{std::make_shared<engine::Queue>()}; })
-        .def("fileno", [](const PyQueue& self) { return self.queue->fd(); })
+        .def("__init__",
+             [](PyQueue* self) {
+                 new (self) PyQueue{translate([] { return std::make_shared<engine::Queue>(); })};
+             })
+        .def("fileno",
+             [](const PyQueue& self) {
+                 require_own(self.generation);
+                 return self.queue->fd();
+             })
         .def(
-            "push", [](const PyQueue& self, std::uint64_t tag) { self.queue->signal(tag); }, nb::arg("tag"))
-        .def("poll", [](const PyQueue& self) { return self.queue->poll(); });
+            "push",
+            [](const PyQueue& self, std::uint64_t tag) {
+                require_own(self.generation);
+                self.queue->signal(tag);
+            },
+            nb::arg("tag"))
+        .def("poll", [](const PyQueue& self) {
+            require_own(self.generation);
+            return self.queue->poll();
+        });
+}
 
+void bind_gate(nb::module_& m) {
     nb::class_<PyGate>(m, "Gate")
         .def(
             "__init__",
@@ -215,22 +237,26 @@ void bind_queue_and_gate(nb::module_& m) {
         .def(
             "mark_ready",
             [](const PyGate& self, std::uint32_t layer) {
+                require_own(self.generation);
                 if (layer >= self.gate->num_layers()) {
                     throw nb::value_error(("the gate has " + std::to_string(self.gate->num_layers()) +
                                            " layers, not a layer " + std::to_string(layer))
                                               .c_str());
                 }
-                nb::gil_scoped_release unlocked;
-                self.gate->mark(layer);
-                self.gate->kick();
+                translate([&] {
+                    self.gate->mark(layer);
+                    self.gate->kick();
+                });
             },
             nb::arg("layer"))
         .def(
             "fail",
             [](const PyGate& self, std::string reason) {
-                nb::gil_scoped_release unlocked;
-                self.gate->fail(std::move(reason));
-                self.gate->kick();
+                require_own(self.generation);
+                translate([&] {
+                    self.gate->fail(std::move(reason));
+                    self.gate->kick();
+                });
             },
             nb::arg("reason"))
         .def("word_address",
@@ -250,7 +276,11 @@ void bind_pool(nb::module_& m) {
             nb::arg("engine"), nb::arg("name").none(), nb::arg("groups"), nb::arg("layers"), nb::kw_only(),
             nb::arg("named"), nb::arg("writable"))
         .def("close", &close_pool, nb::arg("timeout_s"))
-        .def("in_use", [](const PyPool& self) { return self.pool->in_use(); })
+        .def("in_use",
+             [](const PyPool& self) {
+                 require_alive(*self.engine);
+                 return self.pool->in_use();
+             })
         .def_prop_ro("id", [](const PyPool& self) { return self.pool->id(); });
 }
 
@@ -278,7 +308,7 @@ nb::class_<PyEngine> declare_engine(nb::module_& m) {
                 options.session.answers_nbytes = std::max(options.session.answers_nbytes,
                                                           2 * max_control_queue_nbytes);
                 new (self)
-                    PyEngine{translate([&] { return std::make_shared<engine::Engine>(std::move(options)); })};
+                    PyEngine{translate([&] { return std::make_shared<CalledEngine>(std::move(options)); })};
             },
             nb::arg("incarnation"), nb::kw_only(), nb::arg("movers"), nb::arg("cpus"),
             nb::arg("dead_after_s"), nb::arg("handshake_timeout_s"), nb::arg("max_pending") = 64,
@@ -293,16 +323,29 @@ void bind_listeners(nb::class_<PyEngine>& engine) {
             "add_listener",
             [](PyEngine& self, int fd) {
                 require_open(*self.engine);
-                const int own = ::fcntl(fd, F_DUPFD_CLOEXEC, 0);
-                return translate([&] { return self.engine->admission().add_listener(Fd(own)); });
+                return translate([&] {
+                    Fd own(::fcntl(fd, F_DUPFD_CLOEXEC, 0));
+                    if (!own) {
+                        throw std::system_error(errno, std::generic_category(), "listen");
+                    }
+                    return self.engine->admission().add_listener(std::move(own));
+                });
             },
             nb::arg("fd"))
         .def(
             "remove_listener",
-            [](PyEngine& self, std::uint64_t id) { self.engine->admission().remove_listener(id); },
+            [](PyEngine& self, std::uint64_t id) {
+                require_alive(*self.engine);
+                self.engine->admission().remove_listener(id);
+            },
             nb::arg("listener_id"))
-        .def("event_fd", [](PyEngine& self) { return self.engine->event_fd(); })
+        .def("event_fd",
+             [](PyEngine& self) {
+                 require_alive(*self.engine);
+                 return self.engine->event_fd();
+             })
         .def("poll_events", [](PyEngine& self) {
+            require_alive(*self.engine);
             nb::list out;
             for (const auto& event : self.engine->poll_events()) {
                 out.append(event_tuple(event));
@@ -322,23 +365,36 @@ void bind_sessions(nb::class_<PyEngine>& engine) {
             },
             nb::arg("placeholder"))
         .def("open_session", &open_session, nb::arg("control_fd"), nb::kw_only(), nb::arg("session_id"),
-             nb::arg("initiator"), nb::arg("peer_incarnation"), nb::arg("protection"), nb::arg("lanes"),
-             nb::arg("chunk_nbytes"), nb::arg("peer_pid"), nb::arg("peer_caps"), nb::arg("backend") = "tcp",
-             nb::arg("peer_max_unmatched") = 1024, nb::arg("peer_max_regions") = 1024,
-             nb::arg("peer_max_message_queue_nbytes") = 64u << 20, nb::arg("socket_buffer_nbytes") = 0)
+             nb::arg("protection"), nb::arg("lanes"), nb::arg("chunk_nbytes"), nb::arg("peer_pid"),
+             nb::arg("backend") = "tcp", nb::arg("peer_max_unmatched") = 1024,
+             nb::arg("peer_max_regions") = 1024, nb::arg("peer_max_message_queue_nbytes") = 64u << 20,
+             nb::arg("socket_buffer_nbytes") = 0)
         .def("open_inproc_pair", &open_inproc_pair, nb::arg("other"), nb::kw_only(), nb::arg("session_id"),
              nb::arg("protection") = "plain", nb::arg("mine").none() = nb::none(),
              nb::arg("theirs").none() = nb::none())
         .def("recv_messages", &recv_messages, nb::arg("timeout_s"))
-        .def("operations", [](PyEngine& self) { return statistics_of(*self.engine); })
+        .def("operations",
+             [](PyEngine& self) {
+                 require_alive(*self.engine);
+                 return statistics_of(*self.engine);
+             })
         .def("forked", [](PyEngine& self) { return self.engine->forked(); })
-        .def("close", [](PyEngine& self) { translate([&] { self.engine->close(); }); });
+        .def("close", [](PyEngine& self) { translate([&] { self.engine->close(); }); })
+        .def(
+            "wait_for_callers",
+            [](PyEngine& self, double timeout_s) {
+                require_alive(*self.engine);
+                const std::int64_t until = until_of(timeout_s);
+                return translate([&] { return self.engine->callers.wait_until_gone(until); });
+            },
+            nb::arg("timeout_s"));
 }
 
 }  // namespace
 
 void bind_engine(nb::module_& m) {
-    bind_queue_and_gate(m);
+    bind_queue(m);
+    bind_gate(m);
     auto engine = declare_engine(m);
     bind_pool(m);
     bind_listeners(engine);

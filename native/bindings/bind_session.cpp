@@ -42,7 +42,7 @@ PyTransfer post(PySession& self, protocol::Role role, PyPool& pool, nb::handle i
     engine::PostArgs args;
     args.role = role;
     args.pool = pool.pool;
-    args.ids = to_ids(ids, *pool.pool->shape());
+    args.ids = in_python([&] { return to_ids(ids, *pool.pool->shape()); });
     args.key = to_key(key, args.key_is_text);
     args.layers = std::move(layers);
     if (!heads.is_none()) {
@@ -51,12 +51,14 @@ PyTransfer post(PySession& self, protocol::Role role, PyPool& pool, nb::handle i
     }
     args.meta.assign(meta.c_str(), meta.size());
     if (gate != nullptr) {
+        require_own(gate->generation);
         args.gate = gate->gate;
     }
     args.limits = {duration("match_timeout_s", timeouts.match, false),
                    duration("stall_timeout_s", timeouts.stall, false),
                    duration("timeout_s", timeouts.total, true)};
     if (queue != nullptr) {
+        require_own(queue->generation);
         args.queue = queue->queue;
     }
     args.tag = tag;
@@ -71,6 +73,12 @@ PyTransfer post_message(PySession& self, nb::bytes data, PyTransfer* after, PyQu
     protocol::Bytes bytes(from, from + data.size());
     if (after != nullptr && !after->transfer) {
         throw nb::type_error("after= takes a Transfer");
+    }
+    if (after != nullptr) {
+        require_alive(*after->engine);
+    }
+    if (queue != nullptr) {
+        require_own(queue->generation);
     }
     auto handle = translate([&] {
         return self.connection->post_message(std::move(bytes), after == nullptr ? nullptr : after->transfer,
@@ -87,6 +95,7 @@ namespace {
 
 void bind_opening(nb::class_<PySession>& session) {
     session.def_prop_ro("id", [](const PySession& self) {
+        require_alive(*self.engine);
         const std::string id = self.connection->session_id();
         return nb::bytes(id.data(), id.size());
     });
@@ -98,14 +107,16 @@ void bind_lanes(nb::class_<PySession>& session) {
             "adopt",
             [](PySession& self, PySession& other) {
                 require_alive(*self.engine);
+                require_alive(*other.engine);
                 translate([&] { self.connection->adopt(other.connection); });
             },
             nb::arg("other"))
         .def(
             "add_lane",
             [](PySession& self, int fd, std::uint32_t number) {
+                Fd own(fd);
+                require_alive(*self.engine);
                 translate([&] {
-                    Fd own(fd);
                     const auto path = std::dynamic_pointer_cast<backends::TcpPath>(self.connection->path());
                     if (path && path->reserve_lane(number)) {
                         path->add_lane(std::move(own), number);
@@ -114,6 +125,7 @@ void bind_lanes(nb::class_<PySession>& session) {
             },
             nb::arg("fd"), nb::arg("number"))
         .def("ready", [](PySession& self) {
+            require_alive(*self.engine);
             const auto path = std::dynamic_pointer_cast<backends::TcpPath>(self.connection->path());
             return path == nullptr ? self.connection->is_open() : path->lanes_up() >= self.lanes;
         });
@@ -181,9 +193,12 @@ void bind_views(nb::class_<PySession>& session) {
     session
         .def(
             "set_peer",
-            [](PySession& self, std::string label) { self.connection->set_label(std::move(label)); },
+            [](PySession& self, std::string label) {
+                require_alive(*self.engine);
+                self.connection->set_label(std::move(label));
+            },
             nb::arg("label"))
-        .def("state",
+        .def("state",  // takes no lock: a forked child may ask
              [](const PySession& self) {
                  return self.connection->is_lost()   ? "lost"
                         : self.connection->is_open() ? "open"
@@ -191,10 +206,15 @@ void bind_views(nb::class_<PySession>& session) {
              })
         .def("lost_reason",
              [](const PySession& self) {
-                 return nb::make_tuple(cause_of(self.connection->lost_reason()),
-                                       self.connection->lost_reason());
+                 require_alive(*self.engine);
+                 const std::string reason = shown(self.connection->lost_reason());
+                 return nb::make_tuple(cause_of(reason), reason);
              })
-        .def("backend", [](const PySession& self) { return self.connection->backend(); })
+        .def("backend",
+             [](const PySession& self) {
+                 require_alive(*self.engine);
+                 return self.connection->backend();
+             })
         .def("stats", [](const PySession& self) {
             require_alive(*self.engine);
             return statistics_of(*self.connection);

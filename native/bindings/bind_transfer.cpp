@@ -2,6 +2,9 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
+#include <functional>
+
 #include "base/clock.hpp"
 #include "bindings/objects.hpp"
 #include "bindings/raise.hpp"
@@ -18,6 +21,7 @@ nb::object exception_of(const PyTransfer& self) {
     if (result.outcome.cause == protocol::Cause::ok) {
         return nb::none();
     }
+    require_alive(*self.engine);  // the error names the peer, which the connection's lock is for
     return self.transfer ? error_of(*self.transfer) : error_of(*self.message);
 }
 
@@ -50,15 +54,13 @@ bool wait(const PyTransfer& self, double timeout_s) {
     for (;;) {
         bool over = false;
         {
-            nb::gil_scoped_release unlocked;
-            over = self.connection()->wait(self.handle(), until);
+            const Calling here(self.engine->callers);
+            over = translate([&] { return self.connection()->wait(self.handle(), until); });
         }
         if (over) {
             return true;
         }
-        if (PyErr_CheckSignals() != 0) {
-            throw nb::python_error();
-        }
+        check_signals();
         if (monotonic_ns() >= until) {
             return false;
         }
@@ -75,8 +77,8 @@ bool wait_layer(const PyTransfer& self, std::uint32_t layer, double timeout_s) {
         require_alive(*self.engine);
         LayerState state{};
         {
-            nb::gil_scoped_release unlocked;
-            state = self.connection()->wait_layer(self.transfer, layer, until);
+            const Calling here(self.engine->callers);
+            state = translate([&] { return self.connection()->wait_layer(self.transfer, layer, until); });
         }
         switch (state) {
             case LayerState::landed: return true;
@@ -87,19 +89,54 @@ bool wait_layer(const PyTransfer& self, std::uint32_t layer, double timeout_s) {
                 return true;  // raises: a layer that didn't land means an error
             case LayerState::waiting: break;
         }
-        if (PyErr_CheckSignals() != 0) {
-            throw nb::python_error();
-        }
+        check_signals();
         if (monotonic_ns() >= until) {
             return false;
         }
     }
 }
 
+std::vector<CalledEngine*> engines_of(const std::vector<PyTransfer*>& handles) {
+    std::vector<CalledEngine*> engines;
+    for (const PyTransfer* handle : handles) {
+        CalledEngine* const engine = handle->engine.get();
+        if (engines.empty() || (engines.back() != engine &&
+                                std::find(engines.begin(), engines.end(), engine) == engines.end())) {
+            engines.push_back(engine);
+        }
+    }
+    return engines;
+}
+
+/// Until one of the handles has ended, or all that haven't yet; a signal and `until` end it, too.
+void wait_once(const std::vector<PyTransfer*>& handles, const std::vector<CalledEngine*>& engines,
+               std::int64_t until, bool all_of, const std::function<bool()>& satisfied) {
+    std::vector<Calling> here;
+    here.reserve(engines.size());
+    for (CalledEngine* engine : engines) {
+        here.emplace_back(engine->callers);
+    }
+    translate([&] {
+        engine::Waiter waiter;
+        bool ended = false;
+        for (const PyTransfer* handle : handles) {
+            // For all of them, those that are done already don't wake us; for any of them, one suffices.
+            ended = !handle->handle().subscribe(&waiter) && !all_of ? true : ended;
+        }
+        if (!ended && !satisfied()) {
+            waiter.wait(until);
+        }
+        for (const PyTransfer* handle : handles) {
+            handle->handle().unsubscribe(&waiter);
+        }
+    });
+}
+
 /// One waiter over many handles.
 bool wait_many(const std::vector<PyTransfer*>& handles, double timeout_s, bool all_of) {
-    for (const PyTransfer* handle : handles) {
-        require_alive(*handle->engine);
+    const auto engines = engines_of(handles);
+    for (const CalledEngine* engine : engines) {
+        require_alive(*engine);
     }
     const std::int64_t until = until_of(timeout_s);
     const auto satisfied = [&] {
@@ -110,24 +147,8 @@ bool wait_many(const std::vector<PyTransfer*>& handles, double timeout_s, bool a
         return all_of ? done == handles.size() : done > 0 || handles.empty();
     };
     while (!satisfied()) {
-        {
-            nb::gil_scoped_release unlocked;
-            engine::Waiter waiter;
-            bool ended = false;
-            for (const PyTransfer* handle : handles) {
-                // For all of them, those that are done already don't wake us; for any of them, one suffices.
-                ended = !handle->handle().subscribe(&waiter) && !all_of ? true : ended;
-            }
-            if (!ended && !satisfied()) {
-                waiter.wait(until);
-            }
-            for (const PyTransfer* handle : handles) {
-                handle->handle().unsubscribe(&waiter);
-            }
-        }
-        if (PyErr_CheckSignals() != 0) {
-            throw nb::python_error();
-        }
+        wait_once(handles, engines, until, all_of, satisfied);
+        check_signals();
         if (monotonic_ns() >= until) {
             return satisfied();
         }
@@ -182,6 +203,7 @@ void bind_transfer(nb::module_& m) {
             "subscribe",
             [](const PyTransfer& self, PyQueue& queue, std::uint64_t tag) {
                 require_alive(*self.engine);
+                require_own(queue.generation);
                 return self.handle().subscribe(queue.queue, tag);
             },
             nb::arg("queue"), nb::arg("handle_id"));

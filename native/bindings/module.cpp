@@ -29,6 +29,8 @@ std::vector<Row> transition_rows() {
 }  // namespace
 
 NB_MODULE(_native, m) {
+    // Whom a daemon thread kept at the interpreter's exit is no leak that a user should read about.
+    nanobind::set_leak_warnings(false);
     m.doc() = "The native engine of kvtransport. Not public: use kvtransport.Endpoint.";
     kvt::bindings::bind_engine(m);
     kvt::bindings::bind_session(m);

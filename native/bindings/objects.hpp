@@ -9,20 +9,30 @@
 #include <memory>
 #include <string>
 
+#include "base/fd.hpp"
+#include "bindings/interpreter.hpp"
 #include "engine/admission.hpp"
 #include "engine/connection.hpp"
 #include "engine/engine.hpp"
 
 namespace kvt::bindings {
 
-using EnginePtr = std::shared_ptr<engine::Engine>;
+struct CalledEngine final : engine::Engine {
+    using Engine::Engine;
+    Callers callers;
+};
 
+using EnginePtr = std::shared_ptr<CalledEngine>;
+
+/// A queue or a gate belongs to no engine: it remembers the process that it was made in.
 struct PyQueue {
     std::shared_ptr<engine::Queue> queue;
+    std::uint64_t generation = fork_generation();
 };
 
 struct PyGate {
     std::shared_ptr<engine::LayerGate> gate;
+    std::uint64_t generation = fork_generation();
 };
 
 struct PyPool {
@@ -52,9 +62,10 @@ struct PySession {
 
 /// Nanoseconds from now, as a point of the monotonic clock; negative seconds: never.
 std::int64_t until_of(double seconds) noexcept;
-/// Waits in slices that end when the interpreter has a signal to handle. `step(until)` returns true when it
-/// is over.
-bool wait_with_signals(double timeout_s, const std::function<bool(std::int64_t)>& step);
+/// Waits, as one of the engine's callers, in slices that end when the interpreter has a signal to handle.
+/// `step(until)` returns true when it is over.
+bool wait_with_signals(const EnginePtr& engine, double timeout_s,
+                       const std::function<bool(std::int64_t)>& step);
 
 void bind_engine(nanobind::module_& m);
 void bind_session(nanobind::module_& m);

@@ -3,6 +3,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <set>
 #include <system_error>
 
 namespace kvt::bindings {
@@ -10,27 +11,6 @@ namespace kvt::bindings {
 using protocol::Cause;
 
 namespace {
-
-// What a peer or a user named, for a message: control characters and what isn't UTF-8 come out as \\xNN.
-std::string shown(const std::string& raw) {
-    constexpr const char* kHex = "0123456789abcdef";
-    std::string text;
-    PyObject* const valid = PyUnicode_DecodeUTF8(raw.data(), static_cast<Py_ssize_t>(raw.size()), nullptr);
-    const bool utf8 = valid != nullptr;
-    Py_XDECREF(valid);
-    PyErr_Clear();
-    for (const char c : raw) {
-        const auto byte = static_cast<unsigned char>(c);
-        if (byte < 0x20 || byte == 0x7f || (byte >= 0x80 && !utf8)) {
-            text += "\\x";
-            text += kHex[byte >> 4];
-            text += kHex[byte & 15];
-        } else {
-            text += c;
-        }
-    }
-    return text;
-}
 
 nb::object key_object(const engine::TransferHandle& handle) {
     if (handle.key_is_text) {
@@ -79,13 +59,16 @@ bool retryable(Cause cause) noexcept {
 
 std::string corrupt_blocks(const engine::Result& result) {
     std::string text;
-    std::size_t named = 0;
+    std::set<std::pair<std::string, std::uint32_t>> named;
     for (const auto& group : result.corrupt) {
         for (const std::uint32_t id : group.ids) {
-            if (++named > 16) {
+            if (!named.emplace(group.group, id).second) {
+                continue;  // several of its ranges were corrupt
+            }
+            if (named.size() > 16) {
                 return text + ", ...";
             }
-            text += (named > 1 ? ", " : "") + std::to_string(id);
+            text += (named.size() > 1 ? ", " : "") + std::to_string(id);
         }
     }
     return text;
@@ -161,7 +144,7 @@ void add_class_attributes(nb::dict& attributes, const engine::Result& result) {
             attributes["ours"] = shown(outcome.mismatch.ours);
             attributes["theirs"] = shown(outcome.mismatch.theirs);
             break;
-        case Cause::peer_lost: attributes["cause"] = split_reason(outcome.reason).first; break;
+        case Cause::peer_lost: attributes["cause"] = shown(split_reason(outcome.reason).first); break;
         default: break;
     }
 }
@@ -179,6 +162,35 @@ nb::dict attributes_of(const protocol::Outcome& outcome, const engine::Connectio
 }
 
 }  // namespace
+
+std::string shown(const std::string& raw) {
+    constexpr const char* kHex = "0123456789abcdef";
+    const nb::object valid = nb::steal(
+        PyUnicode_DecodeUTF8(raw.data(), static_cast<Py_ssize_t>(raw.size()), "backslashreplace"));
+    if (!valid.is_valid()) {
+        throw nb::python_error();
+    }
+    const auto utf8 = nb::cast<std::string>(valid);
+    std::string text;
+    const auto add_hex = [&text](unsigned char byte) {
+        text += "\\x";
+        text += kHex[byte >> 4];
+        text += kHex[byte & 15];
+    };
+    for (std::size_t i = 0; i < utf8.size(); ++i) {
+        const auto byte = static_cast<unsigned char>(utf8[i]);
+        const auto next = static_cast<unsigned char>(i + 1 < utf8.size() ? utf8[i + 1] : 0);
+        if (byte < 0x20 || byte == 0x7f) {
+            add_hex(byte);
+        } else if (byte == 0xc2 && next < 0xa0) {  // U+0080 to U+009F, which some terminals obey, too
+            add_hex(next);
+            ++i;
+        } else {
+            text += utf8[i];
+        }
+    }
+    return text;
+}
 
 const char* class_of(Cause cause) noexcept {
     switch (cause) {
@@ -201,7 +213,14 @@ const char* class_of(Cause cause) noexcept {
 
 nb::object make_error(const char* cls, const std::string& message, nb::dict attributes) {
     const nb::object type = nb::module_::import_("kvtransport.errors").attr(cls);
-    return type(nb::str(message.data(), message.size()), **attributes);
+    const std::string text = shown(message);
+    const nb::tuple arguments = nb::make_tuple(nb::str(text.data(), text.size()));
+    PyObject* const made = in_python(
+        [&] { return PyObject_Call(type.ptr(), arguments.ptr(), attributes.ptr()); });
+    if (made == nullptr) {
+        throw nb::python_error();
+    }
+    return nb::steal(made);
 }
 
 void raise(const char* cls, const std::string& message, nb::dict attributes) {
@@ -245,7 +264,7 @@ void rethrow() {
                       std::string("the connection was closed: the peer broke the protocol: ") + lost.what());
             case Cause::resource_limit: raise("ResourceLimit", lost.what());
             default:
-                attributes["cause"] = split_reason(lost.what()).first;
+                attributes["cause"] = shown(split_reason(lost.what()).first);
                 raise("PeerLost", std::string("the connection is lost (") + lost.what() + "); connect again",
                       attributes);
         }
@@ -254,14 +273,16 @@ void rethrow() {
     } catch (const protocol::Excess& excess) {
         raise("ResourceLimit", excess.what());
     } catch (const std::invalid_argument& misuse) {
-        throw nb::value_error(misuse.what());
+        throw nb::value_error(shown(misuse.what()).c_str());
     } catch (const std::out_of_range& misuse) {
-        throw nb::value_error(misuse.what());
+        throw nb::value_error(shown(misuse.what()).c_str());
     } catch (const std::length_error& misuse) {
-        throw nb::value_error(misuse.what());
+        throw nb::value_error(shown(misuse.what()).c_str());
     } catch (const std::system_error& error) {
-        nb::dict attributes;
-        raise("ResourceLimit", error.what());
+        const bool descriptors = error.code() == std::errc::too_many_files_open ||
+                                 error.code() == std::errc::too_many_files_open_in_system;
+        raise("ResourceLimit",
+              std::string(error.what()) + (descriptors ? "; raise the limit (ulimit -n)" : ""));
     }
 }
 
@@ -269,6 +290,13 @@ void require_alive(const engine::Engine& engine) {
     if (engine.forked()) {
         raise("ForkedProcessError",
               "this process is a fork of the one that made the Endpoint: make a new Endpoint here");
+    }
+}
+
+void require_own(std::uint64_t generation) {
+    if (generation != fork_generation()) {
+        raise("ForkedProcessError",
+              "this process is a fork of the one that made this: make a new one here, of a new Endpoint");
     }
 }
 

@@ -11,6 +11,7 @@
 #include <string>
 #include <utility>
 
+#include "bindings/interpreter.hpp"
 #include "engine/connection.hpp"
 #include "engine/engine.hpp"
 
@@ -18,6 +19,11 @@ namespace kvt::bindings {
 
 namespace nb = nanobind;
 
+/// Text that a peer or a user may have had a hand in, for a message: control characters and what isn't UTF-8
+/// come out as \xNN. Unchanged if done again.
+std::string shown(const std::string& raw);
+
+/// `message` needn't be shown() before.
 [[noreturn]] void raise(const char* cls, const std::string& message, nb::dict attributes = nb::dict());
 nb::object make_error(const char* cls, const std::string& message, nb::dict attributes);
 
@@ -35,7 +41,7 @@ nb::object error_of(const engine::MessageHandle& handle);
 template <class Work>
 auto translate(Work&& work) {
     try {
-        nb::gil_scoped_release unlocked;
+        const Unlocked unlocked;
         return std::forward<Work>(work)();
     } catch (const nb::python_error&) {
         throw;
@@ -45,6 +51,8 @@ auto translate(Work&& work) {
 }
 
 void require_alive(const engine::Engine& engine);
+/// For what has no engine: the fork generation that it was made in.
+void require_own(std::uint64_t generation);
 void require_open(const engine::Engine& engine);
 
 }  // namespace kvt::bindings

@@ -22,7 +22,7 @@ Pool::Pool(std::uint64_t id, std::string name, std::shared_ptr<const memory::Poo
 
 bool Pool::use() {
     const std::lock_guard lock(mutex_);
-    if (closed_) {
+    if (closed_ || closers_ != 0) {
         return false;
     }
     ++uses_;
@@ -46,17 +46,27 @@ bool Pool::closed() const {
     return closed_;
 }
 
+Pool::Closing::Closing(Pool& pool) : pool_(pool) {
+    const std::lock_guard lock(pool_.mutex_);
+    ++pool_.closers_;
+}
+
+Pool::Closing::~Closing() {
+    const std::lock_guard lock(pool_.mutex_);
+    --pool_.closers_;
+}
+
 bool Pool::close(std::int64_t until) {
+    const Closing closing(*this);
     std::unique_lock lock(mutex_);
-    closed_ = true;
     while (uses_ != 0) {
         const std::int64_t left = until - monotonic_ns();
         if (left <= 0) {
-            closed_ = false;
             return false;
         }
         idle_.wait_for(lock, std::chrono::nanoseconds(left));
     }
+    closed_ = true;
     return true;
 }
 

@@ -1,7 +1,7 @@
 // The engine's view of a BlockPool: its shape, what a peer may know of it, who uses it.
 //
-// Invariant: a pool that is closing takes no new transfer, and close() succeeds only when the last one is
-// over.
+// Invariant: a pool that somebody is closing takes no new transfer, and it is closed only when the last one
+// is over: no close() succeeds before.
 #pragma once
 
 #include <condition_variable>
@@ -24,14 +24,27 @@ class Pool {
     const std::shared_ptr<const memory::PoolShape>& shape() const noexcept { return shape_; }
     const protocol::PoolTerms& terms() const noexcept { return terms_; }
 
-    /// False when the pool is closed or closing.
+    /// False when the pool is closed, or somebody is closing it.
     bool use();
     void unuse() noexcept;
     std::uint64_t in_use() const;
     /// Refuses new uses from now on and waits; false if it is still used at `until` (monotonic ns): then it
-    /// stays open.
+    /// stays open, and takes uses again when the last who is closing it has given up.
     bool close(std::int64_t until);
+    /// Whether a close() has succeeded.
     bool closed() const;
+
+    /// While it lives somebody is closing the pool: for who waits by several calls of close().
+    class Closing {
+      public:
+        explicit Closing(Pool& pool);
+        ~Closing();
+        Closing(const Closing&) = delete;
+        Closing& operator=(const Closing&) = delete;
+
+      private:
+        Pool& pool_;
+    };
 
   private:
     std::uint64_t id_;
@@ -41,6 +54,7 @@ class Pool {
     mutable std::mutex mutex_;
     std::condition_variable idle_;
     std::uint64_t uses_ = 0;
+    unsigned closers_ = 0;
     bool closed_ = false;
 };
 
