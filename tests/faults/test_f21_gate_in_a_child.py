@@ -1,4 +1,4 @@
-"""F21: what a forked child does with a gate, or lets go of, reaches none of its own descriptors, nor the parent's peer."""
+"""F21: what a forked child does with a gate, or lets go of, reaches none of its descriptors, nor the parent's peer."""
 
 import subprocess
 import sys
