@@ -47,6 +47,7 @@ class TcpControl final : public Pollable, public std::enable_shared_from_this<Tc
     enum class Read { progress, nothing, dead };
     Read read_frames();
     bool receive_next();
+    bool read_here();
     void write_out();
     void set_interest();
 

@@ -114,6 +114,20 @@ bool TcpControl::receive_next() {
     return true;
 }
 
+// On a user's thread: what it throws must not leave the stream without a reader.
+bool TcpControl::read_here() {
+    try {
+        if (read_frames() == Read::dead) {
+            return false;
+        }
+        host_.settle();
+        return true;
+    } catch (const std::bad_alloc& short_of) {
+        host_.give_up(short_of);
+        return false;
+    }
+}
+
 bool TcpControl::drive(const Path::StopCondition& stop, int wake_fd, std::int64_t until) {
     const auto host = keep_host_.lock();
     if (!host || !rx_mutex_.try_lock()) {
@@ -141,15 +155,7 @@ bool TcpControl::drive(const Path::StopCondition& stop, int wake_fd, std::int64_
         if (::ppoll(fds, 2, bound, nullptr) <= 0 || fds[1].revents != 0) {
             break;
         }
-        try {
-            ended = read_frames() == Read::dead;
-            if (!ended) {
-                host_.settle();
-            }
-        } catch (const std::bad_alloc& short_of) {
-            host_.give_up(short_of);
-            ended = true;
-        }
+        ended = !read_here();
     }
     {
         const std::lock_guard interest(interest_mutex_);

@@ -418,11 +418,28 @@ Connection::LayerState Connection::wait_layer(const std::shared_ptr<TransferHand
 
 // ---- loss and the clock
 
+namespace {
+
+// What the peer hears of the end.
+std::optional<protocol::CloseCode> last_word(Cause cause, bool tell) noexcept {
+    if (tell) {
+        return protocol::CloseCode::closed;
+    }
+    switch (cause) {
+        case Cause::protocol_error: return protocol::CloseCode::protocol;
+        case Cause::resource_limit: return protocol::CloseCode::limit;
+        default: return std::nullopt;
+    }
+}
+
+}  // namespace
+
 void Connection::close(Cause cause, const std::string& reason, bool tell) {
     if (forked()) {
         return;
     }
     const Visit here(*this);
+    const auto word = last_word(cause, tell);
     std::shared_ptr<backends::Path> path;
     {
         const std::lock_guard lock(mutex_);
@@ -431,15 +448,11 @@ void Connection::close(Cause cause, const std::string& reason, bool tell) {
         }
         ending_ = true;
         path = path_;
-        if (tell) {
-            session_.say_close(protocol::CloseCode::closed);
-        } else if (cause == Cause::protocol_error) {
-            session_.say_close(protocol::CloseCode::protocol);
-        } else if (cause == Cause::resource_limit) {
-            session_.say_close(protocol::CloseCode::limit);
+        if (word) {
+            session_.say_close(*word);
         }
     }
-    if (path && (tell || cause == Cause::protocol_error || cause == Cause::resource_limit)) {
+    if (path && word) {
         path->flush_control();
     }
     {
