@@ -26,11 +26,15 @@ pid = os.fork()
 if pid == 0:
     # They take the numbers that were the endpoint's.
     pairs = [socket.socketpair() for _ in range(20)]
-    gates[0].mark_ready(0)
-    gates[1].fail("a child's word")
+    foreign = 0
+    for call in (lambda: gates[0].mark_ready(0), lambda: gates[1].fail("a child's word")):
+        try:
+            call()
+            foreign += 1
+        except kvt.ForkedProcessError:
+            pass
     del sent, connection, pool, endpoint, gates
     gc.collect()
-    foreign = 0
     for pair in pairs:
         for one in pair:
             one.setblocking(False)
