@@ -80,7 +80,6 @@ void TransferHandle::snapshot(const std::string& backend) {
 }
 
 void TransferHandle::signal_progress() noexcept {
-    landed.store(verified.nbytes(), std::memory_order_relaxed);
     for (Sink* sink : layer_waiters) {
         sink->signal(0);
     }

@@ -4,7 +4,6 @@
 // Invariant: `result` is written once, before done() turns true, and never after.
 #pragma once
 
-#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <mutex>
@@ -64,7 +63,6 @@ class TransferHandle final : public protocol::Transfer, public Handle {
     std::uint64_t claim_id = 0;             // in the engine's table of busy destination bytes; 0: none
     std::vector<Sink*> layer_waiters;       // under the lock of the session whose it is
     std::shared_ptr<LayerGate> layer_gate;  // `gate`, to be attached where the post is made
-    std::atomic<std::uint64_t> landed{0};
 
   private:
     mutable std::mutex connection_mutex_;

@@ -195,6 +195,21 @@ struct Side {
     std::shared_ptr<Pool> pool;
 };
 
+/// A listener of this side's engine, at a free port of loopback.
+inline sockaddr_in listen_on(const Side& side) {
+    Fd socket(::socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
+    sockaddr_in address{};
+    address.sin_family = AF_INET;
+    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    socklen_t length = sizeof address;
+    auto* const raw = reinterpret_cast<sockaddr*>(&address);
+    REQUIRE(::bind(socket.get(), raw, length) == 0);
+    REQUIRE(::listen(socket.get(), 256) == 0);
+    REQUIRE(::getsockname(socket.get(), raw, &length) == 0);
+    side.engine->admission().add_listener(std::move(socket));
+    return address;
+}
+
 class EnginePair {
   public:
     explicit EnginePair(const Terms& terms = {}) : a(terms, 'a'), b(terms, 'b'), terms_(terms) {
@@ -244,7 +259,7 @@ class EnginePair {
 
     // `a` dials `b`. The first lane comes before the session is open there, the others after.
     void join_tcp() {
-        const sockaddr_in address = listen();
+        const sockaddr_in address = listen_on(b);
         const auto out = open(a, dial(address, 1, 0));
         Fd first = dial(address, 2, 0);
         open(b, accepted());
@@ -256,20 +271,6 @@ class EnginePair {
             REQUIRE(out->reserve_lane(lane));
             out->add_lane(std::move(socket), lane);
         }
-    }
-
-    sockaddr_in listen() const {
-        Fd socket(::socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
-        sockaddr_in address{};
-        address.sin_family = AF_INET;
-        address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-        socklen_t length = sizeof address;
-        auto* const raw = reinterpret_cast<sockaddr*>(&address);
-        REQUIRE(::bind(socket.get(), raw, length) == 0);
-        REQUIRE(::listen(socket.get(), 16) == 0);
-        REQUIRE(::getsockname(socket.get(), raw, &length) == 0);
-        b.engine->admission().add_listener(std::move(socket));
-        return address;
     }
 
     // A preamble without a key, and for a lane (role 2) the JOIN behind it.

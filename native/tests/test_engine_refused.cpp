@@ -80,20 +80,6 @@ struct Bare {
     std::shared_ptr<backends::TcpPath> path;
 };
 
-sockaddr_in listen_on(const Side& side) {
-    Fd socket(::socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
-    sockaddr_in address{};
-    address.sin_family = AF_INET;
-    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-    socklen_t length = sizeof address;
-    auto* const raw = reinterpret_cast<sockaddr*>(&address);
-    REQUIRE(::bind(socket.get(), raw, length) == 0);
-    REQUIRE(::listen(socket.get(), 256) == 0);
-    REQUIRE(::getsockname(socket.get(), raw, &length) == 0);
-    side.engine->admission().add_listener(std::move(socket));
-    return address;
-}
-
 // A control connection's first bytes.
 Fd dial(const sockaddr_in& address) {
     Fd socket(::socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0));
