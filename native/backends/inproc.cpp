@@ -28,7 +28,7 @@ class InprocPath::Copier final : public Runnable {
         protocol::Trailer trailer;
         bool verified = false;
         const auto peer = peer_.lock();
-        const protocol::TransferPtr source = peer ? peer->lend(target->transfer->partner) : nullptr;
+        const protocol::TransferPtr source = peer ? peer->lend(target->transfer->want) : nullptr;
         if (source) {
             verified = copy(*source, *target->transfer, target->range);
             peer->returned(source);

@@ -69,7 +69,7 @@ class PathHost : public protocol::LaneHost {
     // For backends where the destination copies within this process: the source's record, held while its
     // memory is read.
     /// Null when the source has ended.
-    virtual protocol::TransferPtr lend(std::uint64_t offer) = 0;
+    virtual protocol::TransferPtr lend(std::uint64_t want) = 0;
     virtual void returned(const protocol::TransferPtr& transfer) = 0;
     /// Blocks until no copy of this transfer runs (each lasts a chunk).
     virtual void wait_inactive(const protocol::TransferPtr& transfer) = 0;
@@ -79,7 +79,9 @@ class Path {
   public:
     virtual ~Path() = default;
     virtual const char* name() const noexcept = 0;
-    virtual bool memory_backend() const noexcept = 0;
+    /// Where the peer finds a source's stream, if it can copy it by itself; see protocol::Transfer::locate().
+    /// Under the session's lock: it takes no lock of a host's and doesn't block.
+    virtual std::optional<protocol::Bytes> locate(const protocol::Transfer&) { return std::nullopt; }
 
     /// Writes what take_control() gives, as far as it goes without blocking.
     virtual void flush_control() = 0;

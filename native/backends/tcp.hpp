@@ -135,7 +135,6 @@ class TcpPath final : public Path {
     unsigned lanes_up() const;
 
     const char* name() const noexcept override { return options_.name.c_str(); }
-    bool memory_backend() const noexcept override { return false; }
     void flush_control() override { control_->flush(); }
     void kick(std::uint64_t small_nbytes) override;
     void quiesce(const protocol::TransferPtr& transfer) override;

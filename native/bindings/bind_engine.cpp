@@ -97,7 +97,8 @@ protocol::SessionConfig inproc_config(const engine::Engine& engine, const engine
     const auto& theirs = peer.options().session;
     auto config = session_config(engine, protection, theirs.unmatched, theirs.regions,
                                  theirs.message_queue_nbytes);
-    config.memory_backend = true;
+    config.capabilities = protocol::kCanCopy;
+    config.pulls = true;
     return config;
 }
 

@@ -110,9 +110,14 @@ class Connection final : public backends::PathHost, public std::enable_shared_fr
                    bool verified) override;
     void chunk_left(const protocol::ChunkJob& job, bool whole, bool begun) override;
 
-    protocol::TransferPtr lend(std::uint64_t offer) override;
+    protocol::TransferPtr lend(std::uint64_t want) override;
     void returned(const protocol::TransferPtr& transfer) override;
     void wait_inactive(const protocol::TransferPtr& transfer) override;
+
+    /// The session's question, under its lock.
+    std::optional<protocol::Bytes> locate(const protocol::Transfer& source) const {
+        return path_ ? path_->locate(source) : std::nullopt;
+    }
 
     std::string session_id() const {
         const std::lock_guard lock(mutex_);

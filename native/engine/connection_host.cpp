@@ -158,9 +158,9 @@ void Connection::chunk_left(const protocol::ChunkJob& job, bool whole, bool begu
 
 // ---- in this process: the destination's mover borrows the source's record while it copies
 
-protocol::TransferPtr Connection::lend(std::uint64_t offer) {
+protocol::TransferPtr Connection::lend(std::uint64_t want) {
     const std::lock_guard lock(mutex_);
-    return session_.lend(offer, monotonic_ns());
+    return session_.lend(want, monotonic_ns());
 }
 
 void Connection::returned(const protocol::TransferPtr& transfer) {

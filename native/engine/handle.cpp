@@ -53,13 +53,16 @@ void TransferHandle::reorder(const std::vector<std::uint32_t>& positions) {
     plan_ = std::make_shared<memory::StreamPlan>(plan_->reordered(layers));
 }
 
+std::optional<protocol::Bytes> TransferHandle::locate() { return connection()->locate(*this); }
+
 void TransferHandle::snapshot(const std::string& backend) {
     result.outcome = outcome;
     result.backend = backend;
     const bool ok = outcome.cause == protocol::Cause::ok;
     result.nbytes = ok ? nbytes : verified.nbytes();
     result.blocks = plan_->blocks();
-    result.chunks = chunks;
+    result.chunks = chunks + copies;
+    result.resumed_nbytes = resumed_nbytes;
     result.seconds_ns = over_at - posted_at;
     result.queued_ns = (first_byte_at != 0 ? first_byte_at : over_at) - posted_at;
     result.wire_ns = first_byte_at != 0 ? over_at - first_byte_at : 0;

@@ -38,6 +38,7 @@ class TransferHandle final : public protocol::Transfer, public Handle {
     std::uint64_t runs(std::uint64_t begin, std::uint64_t end, iovec* out, std::size_t most,
                        std::size_t& count) const override;
     void reorder(const std::vector<std::uint32_t>& positions) override;
+    std::optional<protocol::Bytes> locate() override;
     /// Contiguous runs of memory that the whole stream is; walks them all.
     std::uint64_t merged_runs() const;
 

@@ -31,7 +31,8 @@ class Script {
   public:
     Script(Input input, std::size_t base) : input_(input), base_nbytes_(base), peer_(), session_(Time{0}) {
         const Op op = input_.op();
-        config_ = {.memory_backend = (op.code & 1) != 0,
+        config_ = {.capabilities = (op.code & 1) != 0 ? kCanCopy : 0,
+                   .pulls = (op.code & 1) != 0,
                    .digest = (op.code & 2) != 0 ? DigestKind::crc32c : DigestKind::none,
                    .chunk_nbytes = 64u + op.a * 16u,
                    .unmatched = 1u + op.b % 8u,
@@ -91,7 +92,7 @@ class Script {
         switch (op.code % 32) {
             case 0: return peer_.pool(op);
             case 1: return peer_.close_pool(op);
-            case 2: return peer_.want(op, config_.memory_backend);
+            case 2: return peer_.want(op, config_.capabilities != 0 && (op.f & 1) == 0);
             case 3: return peer_.offer(op);
             case 4: return chunk_of(op, mine, kMaxInlineNbytes);
             case 5:
@@ -115,8 +116,25 @@ class Script {
                         encode_released({op.b % 4u, op.c % 4u})};
             case 12: return {{.type = FrameType::message, .transfer = ++messages_sent_}, Bytes(op.c * 8u)};
             case 13: return {{.type = FrameType::message_ack, .transfer = op.b, .total = op.c * 16u}, {}};
-            case 14: return {{.type = FrameType::ping}, {}};
+            case 14: return of_copies(op, mine);
             default: return {{.type = FrameType::close, .arg = op.a % 4u}, {}};
+        }
+    }
+    static Frame of_copies(const Op& op, const Record* mine) {
+        switch (op.b % 4) {
+            case 0: return {{.type = FrameType::ping}, {}};
+            case 1:
+                return {{.type = FrameType::located,
+                         .flags = static_cast<std::uint8_t>(op.d & 1),
+                         .attempt = 1,
+                         .transfer = want_of(mine),
+                         .total = op.c * 1'000'000u,
+                         .arg = offer_of(mine)},
+                        Bytes(op.d)};
+            case 2:
+                return {{.type = FrameType::again, .attempt = 2, .transfer = want_of(mine)},
+                        encode_ranges({{op.d, op.d + 1u + op.c}})};
+            default: return {{.type = FrameType::copied, .transfer = want_of(mine), .total = op.c * 4u}, {}};
         }
     }
     static std::uint64_t want_of(const Record* mine) { return mine ? mine->want : 1; }
@@ -137,7 +155,9 @@ class Script {
     }
     /// The next bytes that a destination of ours waits for.
     static Frame chunk_of(const Op& op, const Record* mine, std::uint64_t most) {
-        Header header{.type = FrameType::chunk, .attempt = 1, .arg = offer_of(mine)};
+        Header header{.type = FrameType::chunk,
+                      .attempt = mine ? mine->attempt : std::uint16_t{1},
+                      .arg = offer_of(mine)};
         header.transfer = want_of(mine);
         header.total = mine ? mine->nbytes : 0;
         header.offset = mine && !mine->stored.empty() && mine->stored.ranges()[0].begin == 0
@@ -183,6 +203,7 @@ class Script {
                    "a chunk is let in after the end");
             demand(target.range.begin < target.range.end && target.range.end <= mine.nbytes,
                    "a chunk beyond its transfer");
+            if (mine.attempt > 1 && !std::exchange(mine.asked_again, true)) mine.stored = mine.sealed;
             demand(!mine.stored.overlaps(target.range), "bytes are let in twice");
             mine.stored.add(target.range);
         }
@@ -284,6 +305,7 @@ class Script {
             case 0: session_.forget_pool(op.b % 4u + 1); break;
             case 1: session_.resumed(now_); break;
             case 2: session_.ping(now_); break;
+            case 7: session_.set_pulls((op.b & 1) != 0, now_); break;
             case 3: reads_ = !reads_; break;  // the peer's side of our outbox
             case 4:
                 if (op.b == 77) lose(Cause::peer_lost);
@@ -369,6 +391,10 @@ class Script {
         const ChunkTarget target = *at;
         targets_.erase(at);
         try {
+            if (target.transfer->located && (op.d & 8) != 0) {
+                session_.copy_broke(target, now_);
+                return;
+            }
             finish_chunk(target, trailer_of(op), op);
         } catch (const Violation&) {
             lose(Cause::protocol_error);
@@ -411,8 +437,9 @@ class Script {
         }
         if (mine.role == Role::destination) {
             demand(mine.sealed.nbytes() == mine.nbytes, "received, and not all bytes have verified");
-        } else if (!config_.memory_backend) {
-            demand(mine.handed.nbytes() == mine.asked_nbytes, "sent, and not all bytes have left");
+        } else if (!mine.located) {
+            demand(mine.handed.nbytes() + mine.resumed_nbytes == mine.asked_nbytes,
+                   "sent, and not all bytes have left");
         } else {
             demand(mine.all_released, "sent, and not all layers were released");
         }
@@ -502,9 +529,12 @@ const std::vector<Scene>& scenes() {
          {3, 0, 0, 1, 1},
          {9, 0},
          {17, 0, 0, 1}},                                                             // an OFFER after the end
-        {{0, 0, 0}, {3, 0, 0, 1, 2}, {17, 0, 0, 1}, {11, 0, 0, 1}, {29}, {30, 0}},   // a copy, layer by layer
-        {{140, 0, 0, 0, 0, 0, 200, 0}, {20, 0, 9}, {13, 0, 1, 1}, {21}},             // messages
-        {{17, 0, 0, 1}, {27, 0, 1}, {18, 0}, {24, 0}, {7, 0, 2, 0, 0, 1}, {28, 0}},  // drained
+        {{0, 0, 0}, {17, 0, 0, 1}, {14, 0, 1, 9, 1}, {11, 0, 0, 1}, {29}, {30, 0}},  // a copy, layer by layer
+        {{0, 0, 0}, {17, 0, 0, 1}, {14, 0, 1, 9}, {29}, {30, 0, 0, 0, 8}, {4, 0, 127}},  // a copy breaks
+        {{0, 0, 0}, {16, 0, 0, 1}, {2, 0, 0, 1}, {14, 0, 2, 99, 5}, {25, 1}, {26}},      // a source is asked
+                                                                                         // again
+        {{140, 0, 0, 0, 0, 0, 200, 0}, {20, 0, 9}, {13, 0, 1, 1}, {21}},                 // messages
+        {{17, 0, 0, 1}, {27, 0, 1}, {18, 0}, {24, 0}, {7, 0, 2, 0, 0, 1}, {28, 0}},      // drained
     };
     return all;
 }

@@ -56,6 +56,7 @@ inline protocol::Terms terms_of(const LocalPool& pool, std::uint8_t blocks, std:
 
 class Record final : public protocol::Transfer {
   public:
+    std::optional<protocol::Bytes> locate() override { return protocol::Bytes(7); }
     Record(protocol::Role its_role, std::string its_key, const LocalPool& from, protocol::Terms its_terms) {
         role = its_role;
         key = std::move(its_key);
@@ -119,6 +120,7 @@ class Record final : public protocol::Transfer {
     protocol::RangeSet stored;  // destination: a chunk was let in
     protocol::RangeSet sealed;  // destination: a chunk ended well
     bool quiet = false;         // the engine has said quiesced
+    bool asked_again = false;   // destination: `stored` has let go of what broke
     unsigned outcomes = 0;
 
   private:

@@ -22,7 +22,7 @@ inline std::size_t charge_of_pool(const PoolTerms& pool, std::size_t body_nbytes
            pool.layers.size() * kPoolLayerCharge;
 }
 
-/// Of a WANT or OFFER; `text_nbytes` are those of its key, meta and location.
+/// Of a WANT or OFFER; `text_nbytes` are those of its key and meta.
 inline std::size_t charge_of(std::size_t text_nbytes, const Terms& terms, std::size_t ranges) noexcept {
     return kRecordCharge + text_nbytes + terms.groups.size() * kTermsGroupCharge +
            terms.layers.size() * kTermsLayerCharge + ranges * kRangeCharge;

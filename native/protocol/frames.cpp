@@ -30,6 +30,9 @@ constexpr Rule kRules[] = {
     {FrameType::message_ack, 0, 0, 0},
     {FrameType::ping, 0, 0, 0},
     {FrameType::close, 0, 0, 0},
+    {FrameType::located, kBehindGate, 0, kMaxControlBodyNbytes},
+    {FrameType::again, 0, 20, 4 + 16 * kMaxRanges},
+    {FrameType::copied, 0, 0, 0},
 };
 
 const Rule* rule_of(FrameType type) noexcept {
@@ -70,6 +73,31 @@ Terms read_terms(Reader& in) {
     return terms;
 }
 
+void write_ranges(Writer& out, const std::vector<Range>& ranges) {
+    out.integer(static_cast<std::uint32_t>(ranges.size()));
+    for (const Range& range : ranges) {
+        out.integer(range.begin);
+        out.integer(range.end);
+    }
+}
+
+std::vector<Range> read_ranges(Reader& in) {
+    std::vector<Range> ranges;
+    const std::size_t n = in.count(kMaxRanges, 16);
+    ranges.reserve(n);
+    std::uint64_t from = 0;
+    for (std::size_t i = 0; i < n; ++i) {
+        const auto begin = in.integer<std::uint64_t>();
+        const auto end = in.integer<std::uint64_t>();
+        if (begin < from || end <= begin) {
+            throw Violation("the ranges of a frame aren't ascending");
+        }
+        ranges.push_back({begin, end});
+        from = end;
+    }
+    return ranges;
+}
+
 bool has_name_twice(const std::vector<LayerTerms>& layers) {
     std::unordered_set<std::string_view> names;
     return !std::all_of(layers.begin(), layers.end(),
@@ -102,9 +130,9 @@ std::string_view cut(std::string_view text) {
 }  // namespace
 
 const char* name_of(FrameType type) noexcept {
-    constexpr const char* kNames[] = {"?",       "POOL",        "OFFER",   "WANT",  "CHUNK",
-                                      "DONE",    "ABORT",       "ABORTED", "GATED", "RELEASED",
-                                      "MESSAGE", "MESSAGE_ACK", "PING",    "CLOSE"};
+    constexpr const char* kNames[] = {"?",     "POOL",    "OFFER",   "WANT",     "CHUNK",   "DONE",
+                                      "ABORT", "ABORTED", "GATED",   "RELEASED", "MESSAGE", "MESSAGE_ACK",
+                                      "PING",  "CLOSE",   "LOCATED", "AGAIN",    "COPIED"};
     const auto index = static_cast<std::size_t>(type);
     return index < std::size(kNames) ? kNames[index] : kNames[0];
 }
@@ -222,11 +250,7 @@ Bytes encode_want(const WantBody& body) {
     writer.text(body.key);
     writer.text(body.meta);
     write_terms(writer, body.terms);
-    writer.integer(static_cast<std::uint32_t>(body.ranges.size()));
-    for (const Range& range : body.ranges) {
-        writer.integer(range.begin);
-        writer.integer(range.end);
-    }
+    write_ranges(writer, body.ranges);
     return out;
 }
 
@@ -236,18 +260,7 @@ WantBody decode_want(std::span<const std::byte> raw) {
     body.key = read_key(in);
     body.meta = in.text(kMaxMetaNbytes);
     body.terms = read_terms(in);
-    const std::size_t ranges = in.count(kMaxRanges, 16);
-    body.ranges.reserve(ranges);
-    std::uint64_t from = 0;
-    for (std::size_t i = 0; i < ranges; ++i) {
-        const auto begin = in.integer<std::uint64_t>();
-        const auto end = in.integer<std::uint64_t>();
-        if (begin < from || end <= begin) {
-            throw Violation("the ranges of a WANT aren't ascending");
-        }
-        body.ranges.push_back({begin, end});
-        from = end;
-    }
+    body.ranges = read_ranges(in);
     in.finish();
     return body;
 }
@@ -354,6 +367,20 @@ std::vector<std::uint32_t> decode_released(std::span<const std::byte> raw) {
     }
     in.finish();
     return layers;
+}
+
+Bytes encode_ranges(const std::vector<Range>& ranges) {
+    Bytes out;
+    Writer writer(out);
+    write_ranges(writer, ranges);
+    return out;
+}
+
+std::vector<Range> decode_ranges(std::span<const std::byte> raw) {
+    Reader in(raw);
+    std::vector<Range> ranges = read_ranges(in);
+    in.finish();
+    return ranges;
 }
 
 void append_frame(Bytes& out, Header header, std::span<const std::byte> body) {

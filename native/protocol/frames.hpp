@@ -47,15 +47,22 @@ enum class FrameType : std::uint8_t {
     message_ack = 11,
     ping = 12,
     close = 13,
+    located = 14,
+    again = 15,
+    copied = 16,
 };
+
+// What both sides have offered in the handshake, a bit each: frames and flags that version 1 has grown.
+inline constexpr std::uint64_t kCanCopy = 1;  // WANT's flag 1, LOCATED, AGAIN, COPIED, RELEASED
 
 // Flags, by frame type; every bit that isn't named for the type is zero.
 inline constexpr std::uint8_t kPoolClosed = 1;  // POOL: forget this pool
-inline constexpr std::uint8_t kWantPulls = 1;   // WANT: the destination copies by itself; send no chunk
+inline constexpr std::uint8_t kWantPulls = 1;   // WANT: the destination can copy by itself what is LOCATED
 inline constexpr std::uint8_t kFromSource =
     1;                                        // ABORT, ABORTED: said by the source (else by the destination)
 inline constexpr std::uint8_t kOfferId = 2;   // ABORT, ABORTED: the id is an offer's, not a want's
 inline constexpr std::uint8_t kGateShut = 1;  // GATED
+inline constexpr std::uint8_t kBehindGate = 1;  // LOCATED: RELEASED will name the layers
 
 /// Why a transfer ended, as the wire says it.
 enum class AbortCode : std::uint32_t {
@@ -77,10 +84,11 @@ struct Header {
     std::uint32_t body_nbytes = 0;  // of the bytes behind the header; a chunk's trailer not counted
     std::uint64_t transfer = 0;     // whose: a pool, an offer (OFFER, kOfferId), a message; else a want
     std::uint64_t offset = 0;       // of a chunk in the transfer's stream
-    std::uint64_t total = 0;        // bytes: of the transfer, sealed (DONE), taken (MESSAGE_ACK)
+    // Bytes: of the transfer, sealed (DONE), verified (COPIED), taken (MESSAGE_ACK). LOCATED: nanoseconds
+    std::uint64_t total = 0;
     // By type. DONE, ABORT, ABORTED: chunks that came or were begun. CLOSE: the code. WANT: the offer that it
-    // answers, or 0. CHUNK, GATED: the source's offer for this transfer, or 0. OFFER: it is for the first
-    // want of its key whose id is greater than this, or, if there is none, for one to come.
+    // answers, or 0. CHUNK, GATED, LOCATED: the source's offer for this transfer, or 0. OFFER: it is for the
+    // first want of its key whose id is greater than this, or, if there is none, for one to come.
     std::uint64_t arg = 0;
 };
 
@@ -112,8 +120,8 @@ struct Range {
 struct OfferBody {
     std::string key;
     std::string meta;
-    std::string location;  // memory backends: where the bytes are, opaque here
-    bool gated = false;    // memory backends: RELEASED will name the layers
+    std::string location;  // version 1 has these two on the wire and no use for them: LOCATED came in their
+    bool gated = false;    // place. Written empty, read and dropped
     Terms terms;
 };
 struct WantBody {
@@ -138,6 +146,9 @@ WantBody decode_want(std::span<const std::byte> raw);
 AbortBody decode_abort(std::span<const std::byte> raw);
 PoolTerms decode_pool(std::span<const std::byte> raw);
 std::vector<std::uint32_t> decode_released(std::span<const std::byte> raw);
+Bytes encode_ranges(const std::vector<Range>& ranges);
+/// Of AGAIN: ascending, none empty, none touching another.
+std::vector<Range> decode_ranges(std::span<const std::byte> raw);
 
 /// Appends header and body to `out`; header.body_nbytes is set from the body.
 void append_frame(Bytes& out, Header header, std::span<const std::byte> body);

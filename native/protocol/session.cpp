@@ -134,11 +134,12 @@ void Session::send_abort(const Transfer& transfer) {
 void Session::open(SessionConfig config, Time now) {
     config_ = config;
     opened_ = true;
+    pulls_ = config.pulls;
     for (const TransferPtr& transfer : waiting_posts()) {  // the peer's limits are known only now
         try {
             take_regions(*transfer);
         } catch (const Excess& excess) {
-            end(transfer, {Cause::resource_limit, Delivered::no, excess.what(), {}}, now);
+            stop(transfer, {Cause::resource_limit, Delivered::no, excess.what(), {}}, now);
         }
     }
 }
@@ -173,8 +174,7 @@ void Session::admit(const TransferPtr& transfer, const char* key_in_use) {
         throw LocalViolation("key '" + transfer->key + key_in_use);
     }
     const bool asks = transfer->role == Role::destination && !transfer->moves_nothing();
-    transfer->charge = charge_of(transfer->key.size() + transfer->meta.size() + transfer->location.size(),
-                                 transfer->terms, asks ? 1 : 0);
+    transfer->charge = charge_of(transfer->key.size() + transfer->meta.size(), transfer->terms, asks ? 1 : 0);
     if (opened_ && !lost_) {
         take_regions(*transfer);
     }
@@ -243,12 +243,10 @@ bool Session::room_to_tell(const Transfer& transfer) const noexcept {
 }
 
 // A WANT that answers an OFFER may go where one that is told first waits: else two sides could wait for each
-// other. Over memory backends it meets its partner for certain and is never kept.
+// other.
 bool Session::room_to_answer(const Transfer& transfer) const noexcept {
-    return room_to_end_receives() &&
-           (config_.memory_backend ||
-            (outstanding_ < 2 * config_.peer_unmatched &&
-             outstanding_charge_ + transfer.charge <= config_.peer_state_nbytes / kAnsweredShare));
+    return room_to_end_receives() && outstanding_ < 2 * config_.peer_unmatched &&
+           outstanding_charge_ + transfer.charge <= config_.peer_state_nbytes / kAnsweredShare;
 }
 
 void Session::count_outstanding(Transfer& transfer, bool counts) noexcept {
@@ -279,8 +277,7 @@ void Session::tell(const TransferPtr& transfer) {
 }
 
 void Session::send_offer(const TransferPtr& transfer) {
-    const Bytes body = encode_offer(
-        {transfer->key, transfer->meta, transfer->location, transfer->gate != nullptr, transfer->terms});
+    const Bytes body = encode_offer({transfer->key, transfer->meta, {}, false, transfer->terms});
     transfer->id = next_offer_++;
     offers_.emplace(transfer->id, transfer);
     Header header;
@@ -304,7 +301,8 @@ void Session::send_want(const TransferPtr& transfer) {
     header.transfer = transfer->id;
     header.total = transfer->nbytes;
     header.arg = transfer->partner;
-    header.flags = config_.memory_backend ? kWantPulls : 0;
+    transfer->pulls = pulls_;
+    header.flags = pulls_ ? kWantPulls : 0;
     send(header, body);
 }
 
@@ -368,17 +366,6 @@ void Session::pump_messages() {
 // ---- the machines
 
 void Session::stop(const TransferPtr& transfer, Outcome why, Time now) {
-    if (config_.memory_backend && transfer->role == Role::source && transfer->state == State::posted &&
-        transfer->told) {
-        // The destination may be copying already: its verdict is needed, as after a match.
-        const bool counted = transfer->outstanding;
-        apply(transfer, Event::match, now);
-        count_outstanding(*transfer, counted);  // the offer still waits at the peer
-    }
-    end(transfer, std::move(why), now);
-}
-
-void Session::end(const TransferPtr& transfer, Outcome why, Time now) {
     if (transfer->undecided()) {
         transfer->outcome = std::move(why);
     }
@@ -429,7 +416,8 @@ void Session::act(const TransferPtr& transfer, Action action, Time now) {
         case Action::finish: finish(transfer, now); break;
         case Action::send_done:
             transfer->outcome = {Cause::ok, Delivered::yes, {}, {}};
-            send(FrameType::done, 0, transfer->want, transfer->verified.nbytes(), transfer->chunks);
+            send(FrameType::done, 0, transfer->want, transfer->verified.nbytes(),
+                 transfer->chunks + transfer->copies);
             finish(transfer, now);
             break;
         case Action::send_abort:
@@ -479,7 +467,7 @@ void Session::quiesced(const TransferPtr& transfer, Time now) {
 
 // A DONE that came while a mover still held a chunk is true only if that chunk had wholly left.
 void Session::check_early_done(Transfer& transfer) {
-    if (transfer.outcome.cause == Cause::ok && !config_.memory_backend &&
+    if (transfer.outcome.cause == Cause::ok && !transfer.located &&
         transfer.sent_nbytes != transfer.asked_nbytes) {
         lie_ = "a DONE before all bytes were sent";
         transfer.outcome = {Cause::protocol_error, Delivered::unknown, lie_, {}};

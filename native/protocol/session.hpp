@@ -9,16 +9,15 @@
 // sleeps, or knows a socket.
 //
 // A destination sends WANT when posted; at most `peer_unmatched` WANTs and OFFERs are outstanding without a
-// partner, more wait here. A source sends OFFER when it is posted first, when it has meta, or when the
-// backend is a memory backend (the destination copies, having been told the location). A source that finds a
-// WANT for its key starts at once.
+// partner, more wait here. A source sends OFFER when it is posted first or has meta. A source that finds a
+// WANT for its key starts at once: with chunks, or, where the destination can copy by itself, with the word
+// where (session_copies.cpp).
 //
 // A key may be used again at once, so the two sides must agree which WANT an OFFER is for while both are
 // under way. The source's reading decides: its OFFER is for the first WANT of its key that it had not read
 // when it wrote the OFFER, and the OFFER says which it had read. A destination therefore keeps a WANT that it
-// has ended until the source has answered for it. Over a stream an OFFER is a hint that may be withdrawn;
-// what the source says after the match (chunks, GATED) is not. Where the destination copies, an OFFER is as
-// good as bytes: the source takes it back only by a verdict.
+// has ended until the source has answered for it. An OFFER is a hint that may be withdrawn; what the source
+// says after the match (chunks, GATED, LOCATED) is not.
 //
 // Invariant: see transfer.hpp; and whatever a peer can make us keep is bounded by SessionConfig.
 #pragma once
@@ -28,7 +27,6 @@
 #include <iterator>
 #include <map>
 #include <optional>
-#include <set>
 #include <string>
 #include <unordered_map>
 #include <unordered_set>
@@ -73,7 +71,8 @@ class Message {
 using MessagePtr = std::shared_ptr<Message>;
 
 struct SessionConfig {
-    bool memory_backend = false;  // the destination copies; else the source writes chunks
+    std::uint64_t capabilities = 0;  // that both sides have: kCan...
+    bool pulls = false;              // this side can copy from the peer's memory, from the beginning
     DigestKind digest = DigestKind::none;
     std::uint64_t chunk_nbytes = 0;
     std::uint32_t unmatched = 1024;  // the peer is held to this; we are held to the next
@@ -107,7 +106,7 @@ class Session {
   public:
     /// A session whose handshake isn't over: what is posted waits for open().
     explicit Session(Time) {}
-    explicit Session(SessionConfig config, Time) : config_(config), opened_(true) {}
+    explicit Session(SessionConfig config, Time) : config_(config), opened_(true), pulls_(config.pulls) {}
     void open(SessionConfig config, Time now);
     /// Before open(): gives up what was posted, for another session with the same peer to take over.
     std::vector<TransferPtr> give_up_posts();
@@ -136,6 +135,10 @@ class Session {
     /// see it.
     void chunk_left(const ChunkJob& job, bool whole, bool begun, Time now);
     std::optional<ChunkTarget> next_copy(Time now);
+    /// In the place of chunk_end(): the way to the source's memory is broken, and with it this copy.
+    void copy_broke(const ChunkTarget& target, Time now);
+    /// Whether what is posted from now on may be copied. False: what is being copied comes by chunks, too.
+    void set_pulls(bool pulls, Time now);
     bool has_chunks() const noexcept { return !short_.empty() || !long_.empty(); }
     bool has_copies() const noexcept { return !copies_.empty(); }
 
@@ -147,9 +150,9 @@ class Session {
     void fail_gates(Time now);  // ends every source whose gate has failed, matched or not
     bool poll_gates(Time now);  // true while a gated transfer waits
     bool gates_wait() const noexcept { return !gated_.empty(); }
-    /// Memory backends in one process: the destination's mover holds the source's record while it copies;
-    /// null when the source has ended. Each one lent is returned().
-    TransferPtr lend(std::uint64_t offer, Time now);
+    /// In one process: the destination's mover holds the source's record while it copies; null when the
+    /// source has ended. Each one lent is returned().
+    TransferPtr lend(std::uint64_t want, Time now);
     void returned(const TransferPtr& transfer, Time now);
     void lost(Cause cause, const std::string& reason, Time now);
     bool is_lost() const noexcept { return lost_; }
@@ -184,7 +187,7 @@ class Session {
     /// What is kept on the peer's behalf without a transfer of ours: unmatched WANTs and OFFERs, verdicts
     /// still to come.
     std::size_t kept_for_peer() const noexcept {
-        return unmatched_wants_.size() + unmatched_offers_.size() + late_.size() + late_offers_.size();
+        return unmatched_wants_.size() + unmatched_offers_.size() + late_.size();
     }
     std::size_t outstanding() const noexcept { return outstanding_; }
 
@@ -193,6 +196,7 @@ class Session {
     struct Unmatched {
         std::uint64_t id = 0, total = 0;
         std::size_t charge = 0;  // of peer_state_nbytes
+        bool pulls = false;      // a WANT's
         Body body;
     };
     using UnmatchedWant = Unmatched<WantBody>;
@@ -225,7 +229,6 @@ class Session {
     void tell_or_queue(const TransferPtr& transfer);
     void count_outstanding(Transfer& transfer, bool counts) noexcept;
     void pump_messages();
-    void end(const TransferPtr& transfer, Outcome why, Time now);
     void apply(const TransferPtr& transfer, Event event, Time now);
     void act(const TransferPtr& transfer, Action action, Time now);
     void begin_quiesce(const TransferPtr& transfer);
@@ -269,9 +272,8 @@ class Session {
 
     // session_source.cpp
     void on_want(const Header& header, std::span<const std::byte> body, Time now);
-    bool is_of_ended_offer(const Header& want, const std::string& key);
     void match_source(const TransferPtr& transfer, UnmatchedWant want, Time now);
-    void start_source(const TransferPtr& transfer, const std::vector<Range>& ranges, bool in_order, Time now);
+    void start_source(const TransferPtr& transfer, const UnmatchedWant& want, Time now);
     void release_layers(const TransferPtr& transfer, Time now);
     bool take_released(Transfer& transfer, std::vector<std::uint32_t>& fresh) const;
     void make_ready(const TransferPtr& transfer);
@@ -286,13 +288,11 @@ class Session {
     void on_offer(const Header& header, std::span<const std::byte> body, Time now);
     TransferPtr partner_of(const std::string& key, std::uint64_t floor) const;
     void match_destination(const TransferPtr& transfer, UnmatchedOffer offer, Time now);
-    void meet_memory(const TransferPtr& transfer, bool gated, bool in_order, Time now);
-    void start_copies(const TransferPtr& transfer);
     void note_offer(Transfer& transfer, std::uint64_t offer) const;
     void claim_chunk(const TransferPtr& transfer, const Header& header, Range range, Time now);
     void on_abort_for_destination(const Header& header, const AbortBody& body, Time now);
     void on_aborted_for_destination(const Header& header, Time now);
-    void on_withdrawn(std::uint64_t offer, const AbortBody& body, Time now);
+    void on_withdrawn(std::uint64_t offer);
     void end_by_peer(const TransferPtr& transfer, const AbortBody& body, Time now);
     void on_gated(const Header& header, Time now);
     void on_released(const Header& header, std::span<const std::byte> body, Time now);
@@ -300,8 +300,18 @@ class Session {
     void check_drained(const TransferPtr& transfer, Time now);
     TransferPtr destination(std::uint64_t want) const;
 
+    // session_copies.cpp: the destination copies, or can't any more
+    void locate(const TransferPtr& transfer);
+    void on_again(const Header& header, std::span<const std::byte> body, Time now);
+    void on_copied(const Header& header, Time now);
+    void on_located(const Header& header, std::span<const std::byte> body, Time now);
+    void report_copies(Transfer& transfer, Time now);
+    void ask_again(const TransferPtr& transfer, Time now);
+    TransferPtr source_of(std::uint64_t want) const;
+
     SessionConfig config_;
     bool opened_ = false;
+    bool pulls_ = false;
     bool lost_ = false;
     Cause lost_cause_ = Cause::peer_lost;
     std::string lost_reason_;
@@ -324,8 +334,6 @@ class Session {
     std::unordered_map<std::uint64_t, std::string> unmatched_offer_keys_;
     std::unordered_map<std::string, Refusal> refusals_;
     std::unordered_set<std::uint64_t> late_;  // the peer's wants that we left; a word on each is to come
-    std::set<std::pair<std::string, std::uint64_t>>
-        late_offers_;  // our offers (of memory) left without a verdict, by key
     std::uint64_t last_want_seen_ = 0, last_offer_seen_ = 0;
     std::size_t peer_charge_ = 0, answered_nbytes_ = 0;
     std::size_t own_nbytes_ = 0;     // ever put into the outbox because our own user posted or refused

@@ -60,11 +60,11 @@ void Session::on_offer(const Header& header, std::span<const std::byte> raw, Tim
     }
     const TransferPtr mine = partner_of(body.key, header.arg);
     if (mine != nullptr && (mine->told || room_to_answer(*mine))) {
-        match_destination(mine, {header.transfer, header.total, 0, std::move(body)}, now);
+        match_destination(mine, {header.transfer, header.total, 0, false, std::move(body)}, now);
     } else if (const auto reason = take_refusal(body.key, now)) {
         refuse_offer(header.transfer, AbortCode::refused, *reason, {});
     } else {
-        keep({header.transfer, header.total, 0, std::move(body)});
+        keep({header.transfer, header.total, 0, false, std::move(body)});
         if (mine != nullptr) {
             unanswered_.push_back(mine);
         }
@@ -91,42 +91,16 @@ void Session::match_destination(const TransferPtr& transfer, UnmatchedOffer offe
         if (!transfer->told) {
             refuse_offer(offer.id, AbortCode::layout_mismatch, {}, *result.mismatch);
         }
-        end(transfer, {Cause::layout_mismatch, Delivered::no, {}, *result.mismatch}, now);
+        stop(transfer, {Cause::layout_mismatch, Delivered::no, {}, *result.mismatch}, now);
         return;
     }
     partners_.emplace(offer.id, transfer);
     transfer->peer_meta = std::move(offer.body.meta);
-    transfer->peer_location = std::move(offer.body.location);
-    if (config_.memory_backend) {
-        meet_memory(transfer, offer.body.gated, result.in_order, now);
-    } else if (!transfer->told) {
+    if (!transfer->told) {
         count_outstanding(*transfer, true);  // the offer may be withdrawn: then the WANT waits like any other
         tell(transfer);
     }
     seal_if_whole(transfer, now);
-}
-
-void Session::meet_memory(const TransferPtr& transfer, bool gated, bool in_order, Time now) {
-    if (!transfer->told) {
-        tell(transfer);
-    }
-    transfer->held = !in_order && !gated && !transfer->moves_nothing();
-    apply(transfer, Event::match, now);
-    watch(*transfer);
-    if (!gated && !transfer->held) {  // else RELEASED names the layers, or GATED says that they are in order
-        start_copies(transfer);
-    }
-}
-
-void Session::start_copies(const TransferPtr& transfer) {
-    if (transfer->moves_nothing()) {
-        return;
-    }
-    if (!transfer->pending.empty() || !transfer->claimed.empty()) {
-        throw Violation("layers are released twice");
-    }
-    transfer->pending.add({0, transfer->nbytes});
-    copies_.push_back(transfer);
 }
 
 // The source's word on which OFFER of it this transfer is; what another one had said is void.
@@ -151,8 +125,8 @@ ChunkTarget Session::chunk_begin(const Header& header, Time now) {
         throw Violation(lie_);
     }
     const TransferPtr transfer = destination(header.transfer);
-    if (transfer == nullptr || config_.memory_backend) {
-        throw Violation("a CHUNK for a transfer that isn't there");
+    if (transfer == nullptr || transfer->located) {
+        throw Violation("a CHUNK for a transfer that isn't there, or that is copied");
     }
     if (header.total != transfer->nbytes || header.offset > transfer->nbytes ||
         header.body_nbytes > transfer->nbytes - header.offset) {
@@ -206,7 +180,7 @@ void Session::chunk_end(const ChunkTarget& target, const Trailer& trailer, bool 
     if (trailer.status == ChunkStatus::aborted) {
         return;  // never sealed: the source's ABORT follows on control
     }
-    if (!config_.memory_backend && trailer.kind != config_.digest) {
+    if (!transfer->located && trailer.kind != config_.digest) {
         throw Violation("a chunk's digest isn't of the kind agreed");
     }
     counters_.bytes_in += target.range.end - target.range.begin;
@@ -216,6 +190,7 @@ void Session::chunk_end(const ChunkTarget& target, const Trailer& trailer, bool 
         ++counters_.corrupt_chunks;
         transfer->corrupt.add(target.range);
     }
+    report_copies(*transfer, now);
     seal_if_whole(transfer, now);
 }
 
@@ -224,12 +199,11 @@ void Session::seal_if_whole(const TransferPtr& transfer, Time now) {
     if (!started || transfer->active != 0) {
         return;
     }
-    if (!config_.memory_backend &&
-        (!transfer->offer_known || (transfer->offer_due != 0 && transfer->offer_due != transfer->partner))) {
+    if (!transfer->offer_known || (transfer->offer_due != 0 && transfer->offer_due != transfer->partner)) {
         return;  // its OFFER, with the meta, is still under way
     }
     if (transfer->verified.nbytes() == transfer->nbytes) {
-        if (!config_.memory_backend && transfer->offer_due == 0) {
+        if (transfer->offer_due == 0) {
             transfer->peer_meta.clear();  // of an OFFER that was withdrawn
         }
         apply(transfer, Event::sealed, now);
@@ -238,29 +212,11 @@ void Session::seal_if_whole(const TransferPtr& transfer, Time now) {
     const bool whole = transfer->verified.nbytes() + transfer->corrupt.nbytes() == transfer->nbytes;
     if (!transfer->corrupt.empty() && (whole || transfer->corrupt.ranges().size() >= kMaxFragments / 2)) {
         // Everything else was let through, so that the caller needs to ask only for the blocks that are bad.
-        end(transfer, {Cause::integrity, Delivered::no, "the digest of landed bytes doesn't agree", {}}, now);
+        stop(transfer, {Cause::integrity, Delivered::no, "the digest of landed bytes doesn't agree", {}},
+             now);
+    } else if (transfer->again_due) {
+        ask_again(transfer, now);
     }
-}
-
-std::optional<ChunkTarget> Session::next_copy(Time now) {
-    while (!copies_.empty()) {
-        const TransferPtr transfer = copies_.front();
-        copies_.pop_front();
-        if (transfer->pending.empty() ||
-            (transfer->state != State::matched && transfer->state != State::moving)) {
-            continue;
-        }
-        const Range range = transfer->pending.take_front(kMaxChunkNbytes);
-        transfer->claimed.add(range);
-        ++transfer->active;
-        ++transfer->chunks;
-        apply(transfer, Event::first_bytes, now);
-        if (!transfer->pending.empty()) {
-            copies_.push_back(transfer);
-        }
-        return ChunkTarget{transfer, range, true};
-    }
-    return std::nullopt;
 }
 
 // ---- the end
@@ -269,7 +225,7 @@ void Session::check_drained(const TransferPtr& transfer, Time now) {
     if (transfer->state != State::draining || transfer->active != 0 || !transfer->peer_count_known) {
         return;
     }
-    if (config_.memory_backend || transfer->chunks >= transfer->peer_chunks) {
+    if (transfer->chunks >= transfer->peer_chunks) {
         apply(transfer, Event::drained, now);
         forget(transfer);
     }
@@ -289,7 +245,7 @@ void Session::end_by_peer(const TransferPtr& transfer, const AbortBody& body, Ti
 
 void Session::on_abort_for_destination(const Header& header, const AbortBody& body, Time now) {
     if ((header.flags & kOfferId) != 0) {
-        on_withdrawn(header.transfer, body, now);
+        on_withdrawn(header.transfer);
         return;
     }
     const TransferPtr transfer = destination(header.transfer);
@@ -299,7 +255,7 @@ void Session::on_abort_for_destination(const Header& header, const AbortBody& bo
     if (transfer->peer_count_known) {
         throw Violation("a second ABORT of one transfer");
     }
-    if (!config_.memory_backend && header.arg < transfer->chunks) {
+    if (header.arg < transfer->chunks) {
         throw Violation("an ABORT counts fewer chunks than have come");
     }
     transfer->peer_count_known = true;
@@ -307,17 +263,13 @@ void Session::on_abort_for_destination(const Header& header, const AbortBody& bo
     end_by_peer(transfer, body, now);
 }
 
-// An offer is taken back. Over a stream, a destination that it had met waits on as if it had never come; one
-// that copies is told that there is nothing to copy any more, and answers for its WANT.
-void Session::on_withdrawn(std::uint64_t offer, const AbortBody& body, Time now) {
+// An offer is taken back: a destination that it had met waits on as if it had never come.
+void Session::on_withdrawn(std::uint64_t offer) {
     if (offer > last_offer_seen_) {
         throw Violation("an ABORT for an offer that wasn't made");
     }
     if (const auto waiting = unmatched_offer_keys_.find(offer); waiting != unmatched_offer_keys_.end()) {
         take_offer(std::string(waiting->second));
-        if (config_.memory_backend) {
-            send(FrameType::aborted, kOfferId, offer, 0, 0);
-        }
         return;
     }
     const auto met = partners_.find(offer);
@@ -325,15 +277,10 @@ void Session::on_withdrawn(std::uint64_t offer, const AbortBody& body, Time now)
         return;  // refused, or over: the word on that is on its way
     }
     const TransferPtr transfer = met->second;
-    if (!config_.memory_backend) {
-        partners_.erase(met);
-        transfer->partner = 0;
-        transfer->offer_seen = false;
-        transfer->peer_meta.clear();
-        return;
-    }
-    transfer->peer_count_known = true;
-    end_by_peer(transfer, body, now);
+    partners_.erase(met);
+    transfer->partner = 0;
+    transfer->offer_seen = false;
+    transfer->peer_meta.clear();
 }
 
 void Session::on_aborted_for_destination(const Header& header, Time now) {
@@ -347,7 +294,7 @@ void Session::on_aborted_for_destination(const Header& header, Time now) {
     if (transfer->state != State::draining || transfer->peer_count_known) {
         throw Violation("an ABORTED that answers nothing");
     }
-    if (!config_.memory_backend && header.arg < transfer->chunks) {
+    if (header.arg < transfer->chunks) {
         throw Violation("an ABORTED counts fewer chunks than have come");
     }
     transfer->peer_count_known = true;
@@ -377,40 +324,7 @@ void Session::on_gated(const Header& header, Time now) {
         }
     }
     watch(*transfer);
-    if (transfer->held && !transfer->gate_shut) {
-        transfer->held = false;
-        start_copies(transfer);
-    }
     seal_if_whole(transfer, now);
-}
-
-void Session::on_released(const Header& header, std::span<const std::byte> body, Time now) {
-    const std::vector<std::uint32_t> layers = decode_released(body);
-    if (!config_.memory_backend) {
-        throw Violation("a RELEASED on a stream backend");
-    }
-    const TransferPtr transfer = destination(header.transfer);
-    if (transfer == nullptr || !transfer->undecided()) {
-        return;
-    }
-    if (!transfer->offer_seen || transfer->held) {
-        throw Violation("a RELEASED for what wasn't offered behind a gate");
-    }
-    for (const std::uint32_t i : layers) {
-        if (i >= transfer->spans.size()) {
-            throw Violation("a RELEASED names a layer that isn't there");
-        }
-        const Range span = transfer->spans[i].range;
-        if (span.begin == span.end) {
-            continue;
-        }
-        if (transfer->claimed.overlaps(span) || transfer->pending.overlaps(span)) {
-            throw Violation("a RELEASED names a layer twice");
-        }
-        transfer->pending.add(span);
-    }
-    transfer->moved_at = now;
-    copies_.push_back(transfer);
 }
 
 }  // namespace kvt::protocol

@@ -37,6 +37,9 @@ void Session::receive(const Header& header, std::span<const std::byte> body, Tim
         case FrameType::message: on_message(header, body); break;
         case FrameType::message_ack: on_message_ack(header, now); break;
         case FrameType::ping: break;
+        case FrameType::located: on_located(header, body, now); break;
+        case FrameType::again: on_again(header, body, now); break;
+        case FrameType::copied: on_copied(header, now); break;
         case FrameType::close:
             if (header.arg < 1 || header.arg > 3) {
                 throw Violation("a CLOSE's code is unknown");
@@ -58,7 +61,7 @@ void Session::check_bounds(std::size_t answered_nbytes) {
     if (answered_nbytes_ > config_.answers_nbytes) {
         throw Excess("the peer asks faster than it reads our answers");
     }
-    if (late_.size() + late_offers_.size() > kMaxLate) {
+    if (late_.size() > kMaxLate) {
         throw Excess("the peer leaves our last words on its transfers unanswered");
     }
     if (!lie_.empty()) {
@@ -155,8 +158,7 @@ void Session::keep(UnmatchedOffer offer) {
     if (unmatched_offers_.size() >= config_.unmatched) {
         throw Excess("the peer has more than " + std::to_string(config_.unmatched) + " unmatched OFFERs");
     }
-    offer.charge = charge_of(offer.body.key.size() + offer.body.meta.size() + offer.body.location.size(),
-                             offer.body.terms, 0);
+    offer.charge = charge_of(offer.body.key.size() + offer.body.meta.size(), offer.body.terms, 0);
     charge_peer(offer.charge);
     const std::string key = offer.body.key;
     const std::uint64_t id = offer.id;

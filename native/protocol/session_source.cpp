@@ -13,8 +13,9 @@ void Session::on_want(const Header& header, std::span<const std::byte> raw, Time
     last_want_seen_ = header.transfer;
     WantBody body = decode_want(raw);
     const PoolTerms& theirs = peer_pool(body.terms);
-    if (((header.flags & kWantPulls) != 0) != config_.memory_backend) {
-        throw Violation("a WANT pulls where the backend doesn't, or the reverse");
+    const bool pulls = (header.flags & kWantPulls) != 0;
+    if (pulls && (config_.capabilities & kCanCopy) == 0) {
+        throw Violation("a WANT pulls where that wasn't agreed");
     }
     const std::uint64_t last = body.ranges.empty() ? 0 : body.ranges.back().end;
     if (stream_nbytes(theirs, body.terms) != header.total || last > header.total ||
@@ -24,41 +25,15 @@ void Session::on_want(const Header& header, std::span<const std::byte> raw, Time
     if (header.arg >= next_offer_) {
         throw Violation("a WANT answers an OFFER that wasn't made");
     }
-    if (config_.memory_backend && is_of_ended_offer(header, body.key)) {
-        late_.insert(header.transfer);
-        return;
-    }
     const auto known = source_keys_.find(body.key);
     const TransferPtr mine = known == source_keys_.end() ? nullptr : known->second;
     if (mine != nullptr && mine->state == State::posted) {
-        match_source(mine, {header.transfer, header.total, 0, std::move(body)}, now);
-    } else if (mine != nullptr && config_.memory_backend && mine->told && mine->want == 0 &&
-               (mine->state == State::stopping || mine->state == State::verdict)) {
-        mine->want = header.transfer;  // its end is being told: the verdict comes under this id
-        mine->asked_nbytes = header.total;
-        mine->peer_meta = std::move(body.meta);
-        mine->all_released = mine->gate == nullptr || mine->moves_nothing();
-        matched_.emplace(header.transfer, mine);
+        match_source(mine, {header.transfer, header.total, 0, pulls, std::move(body)}, now);
     } else if (const auto reason = take_refusal(body.key, now)) {
         refuse_want(header.transfer, AbortCode::refused, *reason, {});
     } else {
-        keep({header.transfer, header.total, 0, std::move(body)}, header.arg != 0);
+        keep({header.transfer, header.total, 0, pulls, std::move(body)}, header.arg != 0);
     }
-}
-
-// Memory backends: whether the WANT met an OFFER that we left without a verdict; the word on it is still to
-// come.
-bool Session::is_of_ended_offer(const Header& want, const std::string& key) {
-    if (want.arg != 0) {
-        late_offers_.erase({key, want.arg});
-        return !offers_.contains(want.arg);
-    }
-    const auto first = late_offers_.lower_bound({key, 0});
-    if (first == late_offers_.end() || first->first != key) {
-        return false;
-    }
-    late_offers_.erase(first);
-    return true;
 }
 
 void Session::match_source(const TransferPtr& transfer, UnmatchedWant want, Time now) {
@@ -72,11 +47,11 @@ void Session::match_source(const TransferPtr& transfer, UnmatchedWant want, Time
     if (result.mismatch) {
         // The destination compares alike, so that no verdict is needed.
         refuse_want(want.id, AbortCode::layout_mismatch, {}, *result.mismatch);
-        end(transfer, {Cause::layout_mismatch, Delivered::no, {}, *result.mismatch}, now);
+        stop(transfer, {Cause::layout_mismatch, Delivered::no, {}, *result.mismatch}, now);
         return;
     }
     transfer->want = want.id;
-    transfer->peer_meta = std::move(want.body.meta);
+    transfer->peer_meta = want.body.meta;
     matched_.emplace(want.id, transfer);
     if (!result.in_order) {
         std::vector<LayerSpan> spans;
@@ -92,29 +67,29 @@ void Session::match_source(const TransferPtr& transfer, UnmatchedWant want, Time
     }
     apply(transfer, Event::match, now);
     watch(*transfer);
-    start_source(transfer, want.body.ranges, result.in_order, now);
+    start_source(transfer, want, now);
 }
 
-void Session::start_source(const TransferPtr& transfer, const std::vector<Range>& ranges, bool in_order,
-                           Time now) {
-    if (!transfer->told && (!transfer->meta.empty() || config_.memory_backend)) {
+void Session::start_source(const TransferPtr& transfer, const UnmatchedWant& want, Time now) {
+    if (!transfer->told && !transfer->meta.empty()) {
         tell(transfer);
     }
-    for (const Range& range : ranges) {
+    for (const Range& range : want.body.ranges) {
         transfer->asked.add(range);
         transfer->asked_nbytes += range.end - range.begin;
     }
     const bool gated = transfer->gate != nullptr && !transfer->moves_nothing();
     transfer->all_released = !gated;
-    if (config_.memory_backend ? !gated && !in_order : transfer->moves_nothing()) {
-        // The word of a match that no chunk will show: all is there, and in the destination's order.
+    if (transfer->moves_nothing()) {  // the word of a match that nothing else will show
         send(FrameType::gated, 0, transfer->want, 0, transfer->told ? transfer->id : 0);
+    } else if (want.pulls) {
+        locate(transfer);
     }
     if (gated) {
         transfer->released.assign(transfer->spans.size(), false);
         gated_.emplace(transfer->want, transfer);
         release_layers(transfer, now);
-    } else if (config_.memory_backend || transfer->moves_nothing()) {
+    } else if (transfer->located || transfer->moves_nothing()) {
         apply(transfer, Event::all_bytes, now);
     } else {
         transfer->pending = std::move(transfer->asked);
@@ -156,7 +131,7 @@ bool Session::take_released(Transfer& transfer, std::vector<std::uint32_t>& fres
         fresh.push_back(static_cast<std::uint32_t>(i));
         for (const Range& asked : transfer.asked.ranges()) {
             const Range both{std::max(asked.begin, span.begin), std::min(asked.end, span.end)};
-            if (both.begin < both.end && !config_.memory_backend) {
+            if (both.begin < both.end && !transfer.located) {
                 transfer.pending.add(both);
             }
         }
@@ -166,12 +141,12 @@ bool Session::take_released(Transfer& transfer, std::vector<std::uint32_t>& fres
 
 void Session::release_layers(const TransferPtr& transfer, Time now) {
     if (transfer->gate->failed()) {
-        end(transfer, {Cause::cancelled, Delivered::no, transfer->gate->reason(), {}}, now);
+        stop(transfer, {Cause::cancelled, Delivered::no, transfer->gate->reason(), {}}, now);
         return;
     }
     std::vector<std::uint32_t> fresh;
     const bool all = take_released(*transfer, fresh);
-    if (!fresh.empty() && config_.memory_backend) {
+    if (!fresh.empty() && transfer->located) {
         Header header;
         header.type = FrameType::released;
         header.transfer = transfer->want;
@@ -182,11 +157,10 @@ void Session::release_layers(const TransferPtr& transfer, Time now) {
         transfer->asked.clear();
         transfer->all_released = true;
     }
-    const bool idle = config_.memory_backend ? fresh.empty()
-                                             : transfer->pending.empty() && transfer->active == 0;
-    set_gate(transfer, !all && idle, now);
+    const bool unsent = !transfer->pending.empty() || transfer->active != 0;
+    set_gate(transfer, !all && (transfer->located ? fresh.empty() : !unsent), now);
     make_ready(transfer);
-    if (all && (config_.memory_backend || (transfer->pending.empty() && transfer->active == 0))) {
+    if (all && (transfer->located || !unsent)) {
         apply(transfer, Event::all_bytes, now);
     }
 }
@@ -306,9 +280,9 @@ void Session::chunk_left(const ChunkJob& job, bool whole, bool begun, Time now) 
     }
 }
 
-TransferPtr Session::lend(std::uint64_t offer, Time now) {
-    const auto known = offers_.find(offer);
-    if (lost_ || known == offers_.end() || !known->second->undecided()) {
+TransferPtr Session::lend(std::uint64_t want, Time now) {
+    const auto known = matched_.find(want);
+    if (lost_ || known == matched_.end() || !known->second->undecided()) {
         return nullptr;
     }
     Transfer& transfer = *known->second;
@@ -336,14 +310,15 @@ void Session::on_done(const Header& header, Time now) {
         return;
     }
     const TransferPtr transfer = known->second;
-    const bool counts = config_.memory_backend || header.arg == transfer->chunks;
-    if (header.total != transfer->asked_nbytes || !counts) {
+    const bool copied = transfer->located || transfer->attempt > 1;  // only the destination has counted these
+    if (header.total != transfer->asked_nbytes || header.arg < transfer->chunks ||
+        (header.arg != transfer->chunks && !copied)) {
         throw Violation("a DONE counts other bytes or chunks than were sent");
     }
-    if (config_.memory_backend ? !transfer->all_released : !transfer->all_taken()) {
+    if (transfer->located ? !transfer->all_released : !transfer->all_taken()) {
         throw Violation("a DONE before all bytes were sent");
     }
-    if (transfer->state == State::verdict && !config_.memory_backend &&
+    if (transfer->state == State::verdict && !transfer->located &&
         transfer->sent_nbytes != transfer->asked_nbytes) {
         throw Violation("a DONE for bytes that were never sent");
     }
@@ -352,8 +327,9 @@ void Session::on_done(const Header& header, Time now) {
         // quiescing.
         transfer->outcome = {Cause::ok, Delivered::yes, {}, {}};
     }
-    if (config_.memory_backend) {
-        transfer->chunks = header.arg;  // only the destination has counted its copies
+    transfer->copies = header.arg - transfer->chunks;
+    if (transfer->first_byte_at == 0 && !transfer->moves_nothing()) {
+        transfer->first_byte_at = transfer->matched_at;  // copies of another process aren't seen
     }
     apply(transfer, Event::done, now);
 }
@@ -369,7 +345,6 @@ TransferPtr Session::find_source(const Header& header) {
         if (known != offers_.end()) {
             return known->second;
         }
-        std::erase_if(late_offers_, [&](const auto& item) { return item.second == header.transfer; });
         return nullptr;
     }
     if (const auto known = matched_.find(header.transfer); known != matched_.end()) {
@@ -405,16 +380,12 @@ void Session::on_abort_for_source(const Header& header, const AbortBody& body, T
 }
 
 void Session::on_aborted_for_source(const Header& header, Time now) {
-    const bool by_offer = (header.flags & kOfferId) != 0;
-    const auto& index = by_offer ? offers_ : matched_;
-    const auto known = index.find(header.transfer);
-    if (known == index.end()) {
-        const bool owed = by_offer ? std::erase_if(late_offers_,
-                                                   [&](const auto& item) {
-                                                       return item.second == header.transfer;
-                                                   }) != 0
-                                   : late_.erase(header.transfer) != 0;
-        if (!owed && (!by_offer || header.transfer >= next_offer_)) {
+    if ((header.flags & kOfferId) != 0) {
+        throw Violation("an ABORTED names an OFFER");
+    }
+    const auto known = matched_.find(header.transfer);
+    if (known == matched_.end()) {
+        if (late_.erase(header.transfer) == 0) {
             throw Violation("an ABORTED for a transfer that isn't there");
         }
         return;

@@ -35,7 +35,7 @@ Time Session::deadline_of(const Transfer& transfer, Cause& cause) const noexcept
         sooner(after(transfer.waits_since, transfer.limits.match), Cause::timeout_match);
     } else if (transfer.gate_shut) {
         sooner(after(transfer.waits_since, transfer.limits.match), Cause::timeout_gate);
-    } else {  // a source whose destination copies sees each copy begin and end: lend(), returned()
+    } else {  // a source whose destination copies hears of it: lend() and returned(), or COPIED
         sooner(after(transfer.moved_at, transfer.limits.stall), Cause::timeout_bytes);
     }
     return deadline;
@@ -69,11 +69,7 @@ void Session::on_time(Time now) {
 // The destination's word will come, or the session will end; the user waits for neither.
 void Session::leave_without_verdict(const TransferPtr& transfer, Time now) {
     transfer->outcome.delivered = Delivered::unknown;
-    if (transfer->want != 0) {
-        late_.insert(transfer->want);
-    } else {
-        late_offers_.emplace(transfer->key, transfer->id);
-    }
+    late_.insert(transfer->want);
     apply(transfer, Event::silent, now);
 }
 
@@ -94,10 +90,7 @@ void Session::resumed(Time now) {
 
 // Whether the destination may have sealed what this source offered or sent, for all that the source can know.
 bool Session::may_be_sealed(const Transfer& source) const noexcept {
-    if (config_.memory_backend) {
-        return source.told;
-    }
-    return source.want != 0 && source.all_taken();
+    return source.want != 0 && (source.located ? source.all_released : source.all_taken());
 }
 
 void Session::lose_transfer(const TransferPtr& transfer, Cause cause, const std::string& reason, Time now) {
@@ -161,7 +154,6 @@ void Session::drop_everything_kept() {
     unmatched_offers_.clear();
     unmatched_offer_keys_.clear();
     late_.clear();
-    late_offers_.clear();
     refusals_.clear();
     peer_pools_.clear();
     peer_charge_ = peer_regions_ = 0;

@@ -27,6 +27,7 @@ constexpr Transition kTable[] = {
     {S, posted, E::drained, posted, A::refuse_bug},
     {S, posted, E::silent, posted, A::refuse_bug},
     {S, posted, E::lost, ending, A::quiesce},
+    {S, posted, E::again, posted, A::violation},
 
     {S, matched, E::match, matched, A::violation},
     {S, matched, E::first_bytes, moving, A::none},
@@ -39,6 +40,7 @@ constexpr Transition kTable[] = {
     {S, matched, E::drained, matched, A::refuse_bug},
     {S, matched, E::silent, matched, A::refuse_bug},
     {S, matched, E::lost, ending, A::quiesce},
+    {S, matched, E::again, matched, A::none},
 
     {S, moving, E::match, moving, A::violation},
     {S, moving, E::first_bytes, moving, A::none},
@@ -51,6 +53,7 @@ constexpr Transition kTable[] = {
     {S, moving, E::drained, moving, A::refuse_bug},
     {S, moving, E::silent, moving, A::refuse_bug},
     {S, moving, E::lost, ending, A::quiesce},
+    {S, moving, E::again, moving, A::violation},
 
     {S, sent, E::match, sent, A::violation},
     {S, sent, E::first_bytes, sent, A::refuse_bug},
@@ -63,6 +66,7 @@ constexpr Transition kTable[] = {
     {S, sent, E::drained, sent, A::refuse_bug},
     {S, sent, E::silent, sent, A::refuse_bug},
     {S, sent, E::lost, ending, A::quiesce},
+    {S, sent, E::again, matched, A::none},
 
     {S, stopping, E::match, stopping, A::violation},
     {S, stopping, E::first_bytes, stopping, A::refuse_bug},
@@ -75,6 +79,7 @@ constexpr Transition kTable[] = {
     {S, stopping, E::drained, stopping, A::refuse_bug},
     {S, stopping, E::silent, stopping, A::none},
     {S, stopping, E::lost, ending, A::none},
+    {S, stopping, E::again, stopping, A::none},
 
     {S, verdict, E::match, verdict, A::violation},
     {S, verdict, E::first_bytes, verdict, A::refuse_bug},
@@ -87,6 +92,7 @@ constexpr Transition kTable[] = {
     {S, verdict, E::drained, verdict, A::refuse_bug},
     {S, verdict, E::silent, over, A::finish},
     {S, verdict, E::lost, over, A::finish},
+    {S, verdict, E::again, verdict, A::none},
 
     {S, ending, E::match, ending, A::violation},
     {S, ending, E::first_bytes, ending, A::refuse_bug},
@@ -99,6 +105,7 @@ constexpr Transition kTable[] = {
     {S, ending, E::drained, ending, A::refuse_bug},
     {S, ending, E::silent, ending, A::none},
     {S, ending, E::lost, ending, A::none},
+    {S, ending, E::again, ending, A::none},
 
     {S, draining, E::match, draining, A::refuse_bug},
     {S, draining, E::first_bytes, draining, A::refuse_bug},
@@ -111,6 +118,7 @@ constexpr Transition kTable[] = {
     {S, draining, E::drained, draining, A::refuse_bug},
     {S, draining, E::silent, draining, A::refuse_bug},
     {S, draining, E::lost, draining, A::refuse_bug},
+    {S, draining, E::again, draining, A::refuse_bug},
 
     {S, over, E::match, over, A::violation},
     {S, over, E::first_bytes, over, A::refuse_bug},
@@ -123,6 +131,7 @@ constexpr Transition kTable[] = {
     {S, over, E::drained, over, A::none},
     {S, over, E::silent, over, A::none},
     {S, over, E::lost, over, A::none},
+    {S, over, E::again, over, A::none},
 
     // destination
     {D, posted, E::match, matched, A::none},
@@ -136,6 +145,7 @@ constexpr Transition kTable[] = {
     {D, posted, E::drained, posted, A::refuse_bug},
     {D, posted, E::silent, posted, A::refuse_bug},
     {D, posted, E::lost, ending, A::quiesce},
+    {D, posted, E::again, posted, A::refuse_bug},
 
     {D, matched, E::match, matched, A::none},
     {D, matched, E::first_bytes, moving, A::none},
@@ -148,6 +158,7 @@ constexpr Transition kTable[] = {
     {D, matched, E::drained, matched, A::refuse_bug},
     {D, matched, E::silent, matched, A::refuse_bug},
     {D, matched, E::lost, ending, A::quiesce},
+    {D, matched, E::again, matched, A::refuse_bug},
 
     {D, moving, E::match, moving, A::none},
     {D, moving, E::first_bytes, moving, A::none},
@@ -160,6 +171,7 @@ constexpr Transition kTable[] = {
     {D, moving, E::drained, moving, A::refuse_bug},
     {D, moving, E::silent, moving, A::refuse_bug},
     {D, moving, E::lost, ending, A::quiesce},
+    {D, moving, E::again, moving, A::refuse_bug},
 
     {D, sent, E::match, sent, A::refuse_bug},
     {D, sent, E::first_bytes, sent, A::refuse_bug},
@@ -172,6 +184,7 @@ constexpr Transition kTable[] = {
     {D, sent, E::drained, sent, A::refuse_bug},
     {D, sent, E::silent, sent, A::refuse_bug},
     {D, sent, E::lost, sent, A::refuse_bug},
+    {D, sent, E::again, sent, A::refuse_bug},
 
     {D, stopping, E::match, stopping, A::none},
     {D, stopping, E::first_bytes, stopping, A::refuse_bug},
@@ -184,6 +197,7 @@ constexpr Transition kTable[] = {
     {D, stopping, E::drained, stopping, A::none},
     {D, stopping, E::silent, stopping, A::refuse_bug},
     {D, stopping, E::lost, ending, A::none},
+    {D, stopping, E::again, stopping, A::refuse_bug},
 
     {D, verdict, E::match, verdict, A::refuse_bug},
     {D, verdict, E::first_bytes, verdict, A::refuse_bug},
@@ -196,6 +210,7 @@ constexpr Transition kTable[] = {
     {D, verdict, E::drained, verdict, A::refuse_bug},
     {D, verdict, E::silent, verdict, A::refuse_bug},
     {D, verdict, E::lost, verdict, A::refuse_bug},
+    {D, verdict, E::again, verdict, A::refuse_bug},
 
     {D, ending, E::match, ending, A::none},
     {D, ending, E::first_bytes, ending, A::refuse_bug},
@@ -208,6 +223,7 @@ constexpr Transition kTable[] = {
     {D, ending, E::drained, ending, A::none},
     {D, ending, E::silent, ending, A::refuse_bug},
     {D, ending, E::lost, ending, A::none},
+    {D, ending, E::again, ending, A::refuse_bug},
 
     {D, draining, E::match, draining, A::none},
     {D, draining, E::first_bytes, draining, A::none},
@@ -220,6 +236,7 @@ constexpr Transition kTable[] = {
     {D, draining, E::drained, over, A::none},
     {D, draining, E::silent, draining, A::refuse_bug},
     {D, draining, E::lost, over, A::none},
+    {D, draining, E::again, draining, A::refuse_bug},
 
     {D, over, E::match, over, A::none},
     {D, over, E::first_bytes, over, A::violation},
@@ -232,10 +249,11 @@ constexpr Transition kTable[] = {
     {D, over, E::drained, over, A::none},
     {D, over, E::silent, over, A::refuse_bug},
     {D, over, E::lost, over, A::none},
+    {D, over, E::again, over, A::refuse_bug},
 };
 
 constexpr std::size_t kStates = 9;
-constexpr std::size_t kEvents = 11;
+constexpr std::size_t kEvents = 12;
 static_assert(std::size(kTable) == 2 * kStates * kEvents, "a state or an event has no row");
 
 constexpr bool in_order() {
@@ -278,7 +296,7 @@ const char* name_of(State state) noexcept {
 
 const char* name_of(Event event) noexcept {
     constexpr const char* kNames[] = {"match",      "first_bytes", "all_bytes", "sealed", "done", "stop",
-                                      "peer_ended", "quiesced",    "drained",   "silent", "lost"};
+                                      "peer_ended", "quiesced",    "drained",   "silent", "lost", "again"};
     return kNames[static_cast<std::size_t>(event)];
 }
 

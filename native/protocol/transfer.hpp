@@ -10,6 +10,9 @@
 // (`draining`) until the source has said that it knows, and every chunk that it had begun has been drained
 // into scratch; a chunk for anything else is the peer's error.
 //
+// Where the destination can reach the source's memory, the source may say LOCATED in the place of chunks: the
+// destination then copies by itself, and may ask for what is missing AGAIN, by chunks, when that way breaks.
+//
 // Lives here: the table and the record. Does not live here: frames (frames.hpp), matching and scheduling
 // (session.hpp). Invariant: a machine moves only by step(), and step() knows a row for every state and event.
 #pragma once
@@ -17,6 +20,7 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
@@ -60,6 +64,7 @@ enum class Event : std::uint8_t {
     drained,      // destination: every late chunk has been seen
     silent,       // source: the verdict didn't come in time
     lost,         // the session ended
+    again,        // source: the destination can't copy what is left by itself: it comes by chunks
 };
 
 enum class Action : std::uint8_t {
@@ -138,10 +143,13 @@ class Transfer {
                                std::size_t& count) const = 0;
     /// The peer's stream has the layers in this order of ours; called once, before the first chunk.
     virtual void reorder(const std::vector<std::uint32_t>& positions) = 0;
+    /// A source that has matched a destination which can copy: where it finds this stream, in the words of
+    /// the path that both have. Nothing: by chunks.
+    virtual std::optional<Bytes> locate() { return std::nullopt; }
 
     // What was posted.
     Role role{};
-    std::string key, meta, location;
+    std::string key, meta;
     PoolTerms const* pool = nullptr;  // outlives the transfer: the engine's handle owns it
     Terms terms;
     std::uint64_t nbytes = 0;
@@ -162,20 +170,27 @@ class Transfer {
     bool told = false;  // an OFFER (source) or WANT (destination) has gone out
     bool offer_seen = false;   // destination: an OFFER for it was read
     bool offer_known = false;  // destination: offer_due has been said
-    bool held = false;         // destination that copies: the source must put its layers in our order first
+    bool pulls = false;        // destination: its WANT said that it can copy
+    bool located = false;      // the destination copies
+    bool again_due = false;    // destination: can't go on copying; asks for chunks when the last copy is over
     bool gate_shut = false;    // source: nothing released is unsent. destination: the peer's GATED
     bool queued = false;       // source: stands in a ready queue
     bool peer_count_known = false;  // destination: the source has said how many chunks it began
     std::uint16_t attempt = 1;
-    std::string peer_meta, peer_location;
-    RangeSet pending;                // source: to be sent. destination of a memory backend: to be copied
-    RangeSet asked;                  // source: what the WANT named and is behind a gate or pending
-    RangeSet claimed;                // destination: chunks begun
-    RangeSet verified;               // destination: chunks that verified
-    RangeSet corrupt;                // destination: chunks whose digest failed
-    std::vector<bool> released;      // source: spans already moved from the gate to pending
-    std::uint32_t active = 0;        // chunks that a mover holds
-    std::uint64_t chunks = 0;        // begun
+    std::string peer_meta;
+    Bytes location;                    // destination: what LOCATED said
+    RangeSet pending;                  // source: to be sent. destination: to be copied
+    RangeSet asked;                    // source: what the WANT named and is behind a gate or pending
+    RangeSet claimed;                  // destination: chunks begun
+    RangeSet verified;                 // destination: chunks that verified
+    RangeSet corrupt;                  // destination: chunks whose digest failed
+    std::vector<bool> released;        // source: spans already moved from the gate to pending
+    std::uint32_t active = 0;          // chunks that a mover holds
+    std::uint64_t chunks = 0;          // frames, begun
+    std::uint64_t copies = 0;          // begun by the destination; a source learns it from DONE
+    std::uint64_t resumed_nbytes = 0;  // what had verified before the way was changed
+    Time stall_reports = 0;            // destination: how often the source wants to hear of copies
+    Time reported_at = 0;
     std::uint64_t asked_nbytes = 0;  // source: what the WANT named, in all
     std::uint64_t taken_nbytes = 0;  // source: in chunks that a mover has begun
     std::uint64_t sent_nbytes = 0;   // source: in chunks that have wholly left

@@ -215,7 +215,8 @@ class EnginePair {
     explicit EnginePair(const Terms& terms = {}) : a(terms, 'a'), b(terms, 'b'), terms_(terms) {
         config_.digest = terms.digest;
         config_.chunk_nbytes = terms.chunk_nbytes;
-        config_.memory_backend = terms.way == Way::inproc;
+        config_.capabilities = terms.way == Way::inproc ? protocol::kCanCopy : 0;
+        config_.pulls = terms.way == Way::inproc;
         if (terms.way == Way::inproc) {
             join_inproc();
         } else {

@@ -50,6 +50,7 @@ class Record final : public Transfer {
             at += size;
         }
     }
+    std::optional<Bytes> locate() override { return Bytes(); }
     std::vector<LayerSpan> layout;  // as spans, which the session changes
     std::vector<std::vector<std::byte>> memory;
 };
@@ -209,7 +210,7 @@ class Pair {
         if (!target) {
             return false;
         }
-        const TransferPtr source = other(side).session.lend(target->transfer->partner, now);
+        const TransferPtr source = other(side).session.lend(target->transfer->want, now);
         Trailer trailer{source ? ChunkStatus::ok : ChunkStatus::aborted, kind, 0};
         if (source) {
             copy(*source, *target->transfer, target->range);

@@ -139,7 +139,8 @@ TEST_CASE("one end within the process is closed before both are open") {
     for (const bool first : {true, false}) {
         const Side a(kSmall, 'a'), b(kSmall, 'b');
         protocol::SessionConfig config;
-        config.memory_backend = true;
+        config.capabilities = protocol::kCanCopy;
+        config.pulls = true;
         auto to_b = std::make_shared<backends::InprocPath>(a.connection, a.engine->movers(), config.digest);
         auto to_a = std::make_shared<backends::InprocPath>(b.connection, b.engine->movers(), config.digest);
         backends::InprocPath::join(*to_b, a.connection, *to_a, b.connection);

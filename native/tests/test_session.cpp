@@ -41,7 +41,8 @@ TEST_CASE("either side first, or both at once") {
                 CAPTURE(piece);
                 CAPTURE(order);
                 SessionConfig config;
-                config.memory_backend = memory;
+                config.capabilities = memory ? kCanCopy : 0;
+                config.pulls = memory;
                 Send s(piece, config);
                 s.source->meta = piece == 3000 ? "from source" : "";
                 s.destination->meta = "from destination";
@@ -67,7 +68,8 @@ TEST_CASE("layers pair by name where both sides have names, else by position") {
                 CAPTURE(named);
                 CAPTURE(source_first);
                 SessionConfig config;
-                config.memory_backend = memory;
+                config.capabilities = memory ? kCanCopy : 0;
+                config.pulls = memory;
                 Pair pair(config);
                 const PoolTerms& pool = named ? kFour : kPlain;
                 auto source = pair.a.make(Role::source, "k", pool, {3, 0, 2}, 3, 700);
@@ -90,7 +92,8 @@ TEST_CASE("layers pair by name where both sides have names, else by position") {
 
 TEST_CASE("a copier that comes before the source has put its layers in order waits") {
     SessionConfig config;
-    config.memory_backend = true;
+    config.capabilities = kCanCopy;
+    config.pulls = true;
     Pair pair(config);
     auto source = pair.a.post(pair.a.make(Role::source, "k", kFour, {1, 0}, 1, 50));
     auto destination = pair.b.post(pair.b.make(Role::destination, "k", kFour, {0, 1}, 1, 50));
@@ -107,7 +110,8 @@ TEST_CASE("empty transfers, with and without meta, either side first") {
         for (const bool source_first : {true, false}) {
             for (const char* meta : {"", "m"}) {
                 SessionConfig config;
-                config.memory_backend = memory;
+                config.capabilities = memory ? kCanCopy : 0;
+                config.pulls = memory;
                 Send s(0, config);
                 s.source->meta = meta;
                 if (source_first) s.pair.a.post(s.source);
@@ -144,7 +148,8 @@ TEST_CASE("a mismatch is seen by each side, whoever compares first, and names th
         for (int order = 0; order < 3; ++order) {
             CAPTURE(order);
             SessionConfig config;
-            config.memory_backend = memory;
+            config.capabilities = memory ? kCanCopy : 0;
+            config.pulls = memory;
             Pair pair(config);
             auto source = pair.a.make(Role::source, "k", kFour, {0, 1}, 2, 100);
             auto destination = pair.b.make(Role::destination, "k", other, {0, 1}, 2, 100);
@@ -192,7 +197,8 @@ TEST_CASE("a key is used again at once, while an old offer is still under way") 
 TEST_CASE("an offer that crosses a want that was taken back isn't the next one's") {
     for (const bool memory : {false, true}) {
         SessionConfig config;
-        config.memory_backend = memory;
+        config.capabilities = memory ? kCanCopy : 0;
+        config.pulls = memory;
         Send s(100, config);
         s.source->meta = "first";
         s.pair.a.post(s.source);
@@ -252,7 +258,8 @@ TEST_CASE("gates: layers in any order, by marks or by the word") {
     for (const bool memory : {false, true}) {
         for (const bool by_word : {true, false}) {
             SessionConfig config;
-            config.memory_backend = memory;
+            config.capabilities = memory ? kCanCopy : 0;
+            config.pulls = memory;
             Pair pair(config);
             auto gate = std::make_shared<Gate>(4);
             auto source = pair.a.make(Role::source, "k", kFour, {0, 1, 2, 3}, 2, 20'000);
@@ -292,7 +299,8 @@ TEST_CASE("gates: layers in any order, by marks or by the word") {
 TEST_CASE("gates: empty layers hold nothing back") {
     for (const bool memory : {false, true}) {
         SessionConfig config;
-        config.memory_backend = memory;
+        config.capabilities = memory ? kCanCopy : 0;
+        config.pulls = memory;
         Pair pair(config);
         PoolTerms pool = pool_of(3);
         pool.groups.push_back({"none", true, "", "", "", 0});
@@ -326,7 +334,8 @@ TEST_CASE("gates: a failed one ends the transfer with its reason, at once or whe
     for (const bool memory : {false, true}) {
         for (const bool early : {true, false}) {
             SessionConfig config;
-            config.memory_backend = memory;
+            config.capabilities = memory ? kCanCopy : 0;
+            config.pulls = memory;
             Send s(100, config);
             auto gate = std::make_shared<Gate>(4);
             s.source->gate = gate;
@@ -372,7 +381,8 @@ TEST_CASE("a chunk that GATED overtakes leaves the clocks standing") {
 TEST_CASE("refusals: before, after, for sends and receives, remembered and forgotten") {
     for (const bool memory : {false, true}) {
         SessionConfig config;
-        config.memory_backend = memory;
+        config.capabilities = memory ? kCanCopy : 0;
+        config.pulls = memory;
         for (int which = 0; which < 4; ++which) {
             CAPTURE(which);
             Send s(100, config);

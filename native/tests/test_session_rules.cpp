@@ -500,20 +500,3 @@ TEST_CASE("a pool that closes while its wants wait, and one that takes its id") 
         }
     }
 }
-
-TEST_CASE("memory backends: releases and chunks that don't belong") {
-    SessionConfig config;
-    config.memory_backend = true;
-    Hostile h(config);
-    auto destination = h.post(Role::destination);
-    CHECK_THROWS_AS(h.chunk(1, 0, 10, 100), Violation);
-    CHECK_THROWS_AS(h.say(FrameType::released, 0, 1, 0, 0, encode_released({0})),
-                    Violation);  // before its OFFER
-    h.offer("k", 100, true);
-    CHECK_THROWS_AS(h.say(FrameType::released, 0, 1, 0, 0, encode_released({1})), Violation);
-    h.say(FrameType::released, 0, 1, 0, 0, encode_released({0}));
-    CHECK_THROWS_AS(h.say(FrameType::released, 0, 1, 0, 0, encode_released({0})), Violation);
-    CHECK_THROWS_AS(h.want("x"), Violation);  // it must pull
-    auto source = h.post(Role::source, "gated");
-    CHECK_THROWS_AS(h.say(FrameType::done, 0, 1, 100, 0), Violation);
-}

@@ -15,7 +15,7 @@ using namespace kvt::protocol;
 namespace {
 
 constexpr int kStates = static_cast<int>(State::over) + 1;
-constexpr int kEvents = static_cast<int>(Event::lost) + 1;
+constexpr int kEvents = static_cast<int>(Event::again) + 1;
 
 std::set<State> reachable(Role role) {
     std::set<State> found{State::posted};

@@ -228,9 +228,7 @@ void Checker::finish() const {
         if (alone && h.over_at > h.posted_at + h.limits.match + late()) {
             broken("waited too long for nobody: " + name(h));
         }
-        // A source whose destination copies sees no bytes: only the heartbeat tells it.
-        const bool has_clock = !(memory_backend_ && h.role == Role::source);
-        if (cut_at_ >= 0 && has_clock &&
+        if (cut_at_ >= 0 &&
             h.over_at > std::max(cut_at_, h.posted_at) + 2 * h.limits.match + bytes_limit(h) + late()) {
             broken("outlives a dead link: " + name(h));
         }

@@ -16,7 +16,7 @@ namespace kvt::sim {
 
 class Checker {
   public:
-    explicit Checker(Clock& clock, bool memory_backend) : clock_(clock), memory_backend_(memory_backend) {}
+    explicit Checker(Clock& clock) : clock_(clock) {}
 
     [[noreturn]] void broken(const std::string& what) const { throw Broken(what); }
 
@@ -79,7 +79,6 @@ class Checker {
     }
 
     Clock& clock_;
-    bool memory_backend_;
     std::deque<Entry> all_;
     std::size_t corruptions_ = 0, ok_ = 0;
     bool calm_ = false, rogue_ = false;

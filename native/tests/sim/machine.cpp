@@ -234,7 +234,7 @@ void Machine::quiesce(const TransferPtr& transfer) {
 }
 
 bool Machine::movers_hold(const TransferPtr& transfer) const {
-    if (setup_.config.memory_backend) {
+    if (transfer->located) {
         return transfer->active != 0;
     }
     return std::any_of(lanes_.begin(), lanes_.end(),
@@ -498,7 +498,7 @@ void Machine::start_copies() {
 }
 
 void Machine::lend(const std::shared_ptr<Copy>& copy) {
-    copy->source = peer_->session_.lend(copy->target.transfer->partner, clock_.now());
+    copy->source = peer_->session_.lend(copy->target.transfer->want, clock_.now());
     if (copy->source == nullptr) {
         finish_copy(copy);
         return;
@@ -537,6 +537,12 @@ void Machine::finish_copy(const std::shared_ptr<Copy>& copy) {
             verified = false;
             checker_.corrupted();
         }
+    }
+    if (way_broke_ && random_.chance(50)) {
+        guarded([&] { session_.copy_broke(copy->target, clock_.now()); });
+        --copiers_;
+        settle();
+        return;
     }
     const Trailer trailer{lent ? ChunkStatus::ok : ChunkStatus::aborted, setup_.config.digest, 0};
     guarded([&] { session_.chunk_end(copy->target, trailer, verified, clock_.now()); });

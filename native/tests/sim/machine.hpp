@@ -49,6 +49,7 @@ class Machine {
     void take_messages();
     void kick_gates();
     void fail_gates();
+    void break_way();  // to the peer's memory
     void become_rogue();
     void catch_rogue();
     std::function<void(const RecordPtr&)> on_over;
@@ -123,8 +124,8 @@ class Machine {
     protocol::FrameReader frames_;
     protocol::Bytes tx_;
     std::size_t tx_at_ = 0;
-    bool rogue_ = false, closed_ = false, crashed_ = false, polling_ = false, reading_control_ = false,
-         settling_ = false, adopted_ = false;
+    bool way_broke_ = false, rogue_ = false, closed_ = false, crashed_ = false, polling_ = false,
+         reading_control_ = false, settling_ = false, adopted_ = false;
     unsigned copiers_ = 0;
     Time stalled_until_ = 0, timer_at_ = protocol::kNever;
     std::vector<std::shared_ptr<protocol::Message>> messages_;

@@ -12,6 +12,13 @@ void Machine::catch_rogue() {
     lose();
 }
 
+void Machine::break_way() {
+    clock_.trace("%c can't copy any more", 'A' + static_cast<int>(index_));
+    way_broke_ = true;
+    guarded([&] { session_.set_pulls(false, clock_.now()); });
+    settle();
+}
+
 void Machine::lose() {
     if (closed_ || crashed_) {
         return;

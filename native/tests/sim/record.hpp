@@ -81,6 +81,8 @@ class Record final : public protocol::Transfer, public std::enable_shared_from_t
         rows_ = std::move(rows);
     }
 
+    std::optional<protocol::Bytes> locate() override { return protocol::Bytes(); }
+
     std::shared_ptr<History> history;
     std::shared_ptr<protocol::Gate> open_gate;
 

@@ -14,7 +14,7 @@ World::World(std::uint64_t seed, bool verbose)
       lanes_(static_cast<unsigned>(random_.between(1, 4))),
       span_(random_.pick({2 * kMs, 20 * kMs, 200 * kMs, 1000 * kMs})),
       busy_percent_(random_.pick({10u, 30u, 60u})),
-      checker_(clock_, memory_backend_) {
+      checker_(clock_) {
     MachineSetup made = setup();
     const std::uint32_t unmatched[2] = {random_.pick({1u, 2u, 1024u}), random_.pick({1u, 2u, 1024u})};
     for (unsigned i = 0; i < 2; ++i) {
@@ -30,7 +30,8 @@ World::World(std::uint64_t seed, bool verbose)
 
 MachineSetup World::setup() {
     MachineSetup made;
-    made.config.memory_backend = memory_backend_;
+    made.config.capabilities = memory_backend_ ? kCanCopy : 0;
+    made.config.pulls = memory_backend_;
     made.config.digest = random_.chance(50) ? DigestKind::crc32c : DigestKind::none;
     made.config.chunk_nbytes = random_.pick(
         {std::uint64_t{200}, std::uint64_t{1000}, std::uint64_t{4096}, std::uint64_t{0}});
@@ -153,6 +154,11 @@ void World::plan_fate() {
             machine->later(random_.between(0, span_), [this, &m = *machine] {
                 m.stall(clock_.now() + random_.pick({5 * kMs, 120 * kMs, 700 * kMs}));
             });
+        }
+    }
+    for (auto& machine : machines_) {
+        if (memory_backend_ && random_.chance(30)) {
+            machine->later(random_.between(0, span_), [&m = *machine] { m.break_way(); });
         }
     }
     if (!memory_backend_ && random_.chance(6)) {
