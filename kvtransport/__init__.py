@@ -39,6 +39,7 @@ from kvtransport.errors import (
     VersionMismatch,
     WaitTimeout,
 )
+from kvtransport.grant import Grant, Lease, new_token
 from kvtransport.memory.allocation import HostMemory
 from kvtransport.memory.layout import BlockLayout, LayerGroup
 from kvtransport.memory.pool import BlockPool
@@ -61,6 +62,7 @@ __all__ = [
     "DowngradeError",
     "Endpoint",
     "ForkedProcessError",
+    "Grant",
     "GrantError",
     "HandshakeError",
     "HostMemory",
@@ -70,6 +72,7 @@ __all__ = [
     "LayerGate",
     "LayerGroup",
     "LayoutMismatch",
+    "Lease",
     "LocalProtocolError",
     "NoCommonPath",
     "Peer",
@@ -88,6 +91,7 @@ __all__ = [
     "TransferTimeout",
     "VersionMismatch",
     "WaitTimeout",
+    "new_token",
     "wait",
 ]
 

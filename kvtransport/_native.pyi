@@ -7,7 +7,7 @@ A `queue` and a `handle_id`: the queue gets the id when the operation has ended.
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
-from kvtransport.types import BlockIds, ConnectionState, TransferState
+from kvtransport.types import BlockIds, ConnectionState, GrantState, TransferState
 
 _Part: TypeAlias = tuple[int, int, list[tuple[int, int]], int, int]
 _Layer: TypeAlias = tuple[str, int, list[_Part]]
@@ -41,6 +41,19 @@ class Pool:
     ) -> None: ...
     def close(self, timeout_s: float) -> bool: ...
     def in_use(self) -> int: ...
+    def grant(
+        self,
+        ids: BlockIds | None,
+        token: bytes,
+        *,
+        mode: str,
+        to: bytes,
+        readers: int,
+        ttl_s: float,
+        queue: Queue | None,
+        handle_id: int,
+    ) -> Transfer: ...
+    def reuse(self, ids: BlockIds) -> None: ...
     @property
     def id(self) -> int: ...
 
@@ -79,6 +92,8 @@ class Engine:
         peer_max_regions: int = 1024,
         peer_max_message_queue_nbytes: int = 67_108_864,
         socket_buffer_nbytes: int = 0,
+        peer_incarnation: bytes = b"",
+        capabilities: int = 0,
     ) -> Session: ...
     def open_inproc_pair(
         self,
@@ -91,6 +106,7 @@ class Engine:
     ) -> tuple[Session, Session]: ...
     def recv_messages(self, timeout_s: float) -> list[tuple[bytes, bytes]]: ...
     def operations(self) -> dict[str, Any]: ...
+    def grants(self) -> dict[str, int]: ...
     def forked(self) -> bool: ...
     def close(self) -> None: ...
     def wait_for_callers(self, timeout_s: float) -> bool: ...
@@ -131,6 +147,42 @@ class Session:
         handle_id: int,
     ) -> Transfer: ...
     def refuse(self, key: str | bytes, reason: str, remember_s: float) -> None: ...
+    def refuse_token(self, token: bytes, reason: str, remember_s: float) -> None: ...
+    def post_read(
+        self,
+        pool: Pool,
+        ids: BlockIds,
+        key: str,
+        token: bytes,
+        subset: BlockIds | None,
+        wait_grant_s: float,
+        layers: Sequence[int] | None,
+        heads: tuple[int, int] | None,
+        src_heads: tuple[int, int] | None,
+        stall_timeout_s: float,
+        timeout_s: float,
+        queue: Queue | None,
+        handle_id: int,
+    ) -> Transfer: ...
+    def post_write(
+        self,
+        pool: Pool,
+        ids: BlockIds,
+        key: str,
+        token: bytes,
+        subset: BlockIds | None,
+        wait_grant_s: float,
+        layers: Sequence[int] | None,
+        heads: tuple[int, int] | None,
+        dst_heads: tuple[int, int] | None,
+        gate: Gate | None,
+        stall_timeout_s: float,
+        timeout_s: float,
+        meta: bytes,
+        queue: Queue | None,
+        handle_id: int,
+    ) -> Transfer: ...
+    def hold(self, token: bytes, wait_grant_s: float, queue: Queue | None, handle_id: int) -> Transfer: ...
     def post_message(
         self, data: bytes, after: Transfer | None, queue: Queue | None, handle_id: int
     ) -> Transfer: ...
@@ -151,6 +203,10 @@ class Transfer:
     def progress(self) -> tuple[int, int]: ...
     def wait_layer(self, layer: int, timeout_s: float) -> bool: ...
     def subscribe(self, queue: Queue, handle_id: int) -> bool: ...
+    def grant_state(self) -> GrantState: ...
+    def revoke(self) -> None: ...
+    def is_held(self) -> bool: ...
+    def let_go(self) -> None: ...
 
 def wait_many(handles: Sequence[Transfer], timeout_s: float, all_of: bool) -> bool: ...
 def transfer_table() -> list[tuple[str, str, str, str, str]]: ...

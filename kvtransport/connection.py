@@ -25,6 +25,7 @@ from kvtransport.errors import (
     RemoteProtocolError,
     ResourceLimit,
 )
+from kvtransport.grant import Lease, raw_if_token, raw_of
 from kvtransport.memory.pool import BlockPool
 from kvtransport.transfer import LayerGate, SentMessage, Transfer, no_streams, require_gate
 from kvtransport.types import BlockIds, ConnectionState, Heads, LayerName, Peer
@@ -125,16 +126,138 @@ class Connection:
         post = self._session.post_recv
         return self._post(post, pool, block_ids, key, layers, heads, (*limits, meta), stream, queue, tag)
 
-    def refuse(self, key: str | bytes, reason: str, *, remember_s: float = MATCH_TIMEOUT_S) -> None:
-        """Tell the side that waits for this key, or will within `remember_s` seconds, that nothing comes.
+    def refuse(self, key_or_token: str | bytes, reason: str, *, remember_s: float = MATCH_TIMEOUT_S) -> None:
+        """Tell the side that waits by this key or token, or will within `remember_s` seconds, that nothing comes.
 
-        It gets PeerAborted(reason) at once: for a prefill that failed before it could send.
+        It gets PeerAborted(reason) at once: for a prefill that failed before it could send or grant.
         """
         self._require_open()
+        token = raw_if_token(key_or_token)
         try:
-            self._session.refuse(key, reason, remember_s)
+            self._session.refuse(key_or_token, reason, remember_s)
+            if token is not None:  # a key may look like one
+                self._session.refuse_token(token, reason, remember_s)
         except KVTransportError as error:
             raise self._named(error) from None
+
+    # --- one-sided transfers -------------------------------------------------------------------------------
+
+    def read_blocks(
+        self,
+        token: str,
+        pool: BlockPool,
+        block_ids: BlockIds,
+        *,
+        subset: BlockIds | None = None,
+        wait_grant_s: float = 0,
+        layers: Iterable[LayerName] | None = None,
+        heads: Heads = None,
+        src_heads: Heads = None,
+        stall_timeout_s: float = STALL_TIMEOUT_S,
+        timeout_s: float | None = None,
+        stream: object = None,
+        queue: CompletionQueue | None = None,
+        tag: object = None,
+    ) -> Transfer:
+        """Read the blocks that the peer has granted under `token` into blocks of ours. The peer's Python isn't needed.
+
+        block_ids: where they go, one for each granted block, in the order of the grant.
+        subset: positions in the grant's ids, where not all are wanted (a prefix that is here already); as many as
+            block_ids. {group: positions} where the pool has several groups.
+        wait_grant_s: the peer may make the grant so much later.
+        layers: names or places in our pool. Layers pair by name where both pools have names, else by place.
+        heads: a slice of our KV heads. src_heads: of the owner's, as many.
+        stall_timeout_s, timeout_s, queue, tag: as `recv_blocks`.
+
+        A read that succeeds is the reader's last one, unless it holds a lease (`hold`): then any number may follow.
+
+        The handle raises PermissionDenied (no such grant for us, or not these blocks), StaleGrant (it was ours and
+        has ended: never data of a block that may have been rewritten), LayoutMismatch, and what `recv_blocks` raises.
+        """
+        raw, limits = raw_of(token), (stall_timeout_s, _total(timeout_s))
+        use = (raw, subset, wait_grant_s)
+        return self._post_by_token(
+            self._session.post_read,
+            token,
+            pool,
+            block_ids,
+            use,
+            layers,
+            heads,
+            src_heads,
+            limits,
+            stream,
+            queue,
+            tag,
+        )
+
+    def write_blocks(
+        self,
+        token: str,
+        pool: BlockPool,
+        block_ids: BlockIds,
+        *,
+        subset: BlockIds | None = None,
+        wait_grant_s: float = 0,
+        layers: Iterable[LayerName] | None = None,
+        heads: Heads = None,
+        dst_heads: Heads = None,
+        after: LayerGate | None = None,
+        stall_timeout_s: float = STALL_TIMEOUT_S,
+        timeout_s: float | None = None,
+        meta: bytes = b"",
+        stream: object = None,
+        queue: CompletionQueue | None = None,
+        tag: object = None,
+    ) -> Transfer:
+        """Write our blocks into those that the peer has granted under `token` with mode="write".
+
+        block_ids: ours, one for each granted block. subset: positions in the grant's ids, as many as block_ids.
+        heads: a slice of our KV heads. dst_heads: of the owner's, as many: several writers may fill one block.
+        after: a gate; layers are written as they are released. meta: the owner's `grant.result().meta`.
+        The rest, and what the handle raises: as `read_blocks`. Our blocks must not be rewritten before it is done.
+        """
+        gate = None if after is None else require_gate(after, pool).native
+        raw, limits = raw_of(token), (gate, stall_timeout_s, _total(timeout_s), meta)
+        use = (raw, subset, wait_grant_s)
+        return self._post_by_token(
+            self._session.post_write,
+            token,
+            pool,
+            block_ids,
+            use,
+            layers,
+            heads,
+            dst_heads,
+            limits,
+            stream,
+            queue,
+            tag,
+        )
+
+    def hold(
+        self,
+        token: str,
+        *,
+        wait_grant_s: float = 0,
+        queue: CompletionQueue | None = None,
+        tag: object = None,
+    ) -> Lease:
+        """Keep the peer's grant from expiring while our request for its blocks still queues; see Lease.
+
+        wait_grant_s: the peer may make the grant so much later. queue: gets the lease when it has ended.
+        """
+        self._require_open()
+        _require_queue(queue)
+        raw, tag_id = raw_of(token), queue.next_id() if queue is not None else 0
+        try:
+            native = self._session.hold(raw, wait_grant_s, None if queue is None else queue.native, tag_id)
+        except KVTransportError as error:
+            raise self._named(error) from None
+        lease = Lease(native, self._endpoint.bridges, token, tag)
+        if queue is not None:
+            queue.entered(tag_id, lease)
+        return lease
 
     # --- messages ------------------------------------------------------------------------------------------
 
@@ -315,6 +438,40 @@ class Connection:
         queue.entered(tag_id, transfer)
         return transfer
 
+    def _post_by_token(
+        self,
+        post: Callable[..., _native.Transfer],
+        token: str,
+        pool: BlockPool,
+        block_ids: BlockIds,
+        use: tuple[bytes, BlockIds | None, float],
+        layers: Iterable[LayerName] | None,
+        heads: Heads,
+        peer_heads: Heads,
+        own: tuple[object, ...],
+        stream: object,
+        queue: CompletionQueue | None,
+        tag: object,
+    ) -> Transfer:
+        """Make one native call, as `_post`. `use`: the token's bytes, the subset, the wait."""
+        if stream is not None:
+            raise no_streams()
+        _require_queue(queue)
+        try:
+            self._check(pool)
+            index = pool.layer_indices(layers)
+            mine, theirs = pool.head_slice(heads, index), _peer_slice(peer_heads)
+            tag_id, native_queue = (0, None) if queue is None else (queue.next_id(), queue.native)
+            native = post(
+                pool.native, block_ids, token, *use, index, mine, theirs, *own, native_queue, tag_id
+            )
+        except KVTransportError as error:
+            raise self._named(error) from None
+        transfer = Transfer(native, self._endpoint.bridges, pool, token, tag)
+        if queue is not None:
+            queue.entered(tag_id, transfer)
+        return transfer
+
     def _named(self, error: KVTransportError) -> KVTransportError:
         """Say whom an error at the call concerns."""
         error.peer = error.peer or str(self.peer)
@@ -333,6 +490,18 @@ class Connection:
 def _require_queue(queue: object) -> None:
     if queue is not None and not isinstance(queue, CompletionQueue):
         raise TypeError(f"queue={queue!r} is not a CompletionQueue (Endpoint.completion_queue makes one)")
+
+
+def _peer_slice(heads: Heads) -> tuple[int, int] | None:
+    """Return (first, count) of heads of the peer's pool, of which only the peer knows how many there are."""
+    if heads is None:
+        return None
+    if heads.step not in (None, 1):
+        raise ValueError(f"heads={heads!r}: only neighbouring heads, step 1, can be moved together")
+    start, stop = heads.start or 0, heads.stop
+    if stop is None or not 0 <= start < stop:
+        raise ValueError(f"heads={heads!r}: say where the slice of the peer's heads begins and ends")
+    return start, stop - start
 
 
 def _total(timeout_s: float | None) -> float:

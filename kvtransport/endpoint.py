@@ -25,6 +25,7 @@ from kvtransport.completion import CompletionQueue, LoopBridges
 from kvtransport.config import Config, available_cpus, default_movers
 from kvtransport.connection import Connection
 from kvtransport.errors import ConnectionClosed, ConnectTimeout, ForkedProcessError, ResourceLimit
+from kvtransport.grant import Grant, new_token, raw_of
 from kvtransport.memory import pool as pools
 from kvtransport.memory.allocation import HostMemory
 from kvtransport.memory.layout import BlockLayout, LayerGroup
@@ -32,7 +33,7 @@ from kvtransport.memory.pool import BlockPool
 from kvtransport.protocol.descriptor import Descriptor
 from kvtransport.seconds import for_locks, to_wait
 from kvtransport.transfer import LayerGate
-from kvtransport.types import Peer
+from kvtransport.types import BlockIds, GrantMode, Peer
 
 _GRACE_S: Final = 5.0
 """A connect's outcome may come so much later than its deadline, where others hold the GIL."""
@@ -60,6 +61,7 @@ class Endpoint:
         self._closing = threading.RLock()
         self._pools: set[BlockPool] = set()
         self._bridges = LoopBridges(_native.Queue)
+        self._make_grant = _grant_maker(self._bridges)
         try:
             self._engine = _engine(self._incarnation, self._config)
             try:
@@ -193,7 +195,13 @@ class Endpoint:
         """
         self._check()
         made = pools.register(
-            self._engine, tensors, layout, name=name, groups=groups, on_close=self._forget_pool()
+            self._engine,
+            tensors,
+            layout,
+            name=name,
+            groups=groups,
+            make_grant=self._make_grant,
+            on_close=self._forget_pool(),
         )
         return self._keep(made)
 
@@ -223,6 +231,7 @@ class Endpoint:
             nbytes=nbytes,
             name=name,
             layer_names=layer_names,
+            make_grant=self._make_grant,
             on_close=self._forget_pool(),
         )
         return self._keep(made) if isinstance(made, BlockPool) else made
@@ -283,6 +292,7 @@ class Endpoint:
             "pools": len(self._pools),
             **self._acceptor.stats(),
             "operations": self._engine.operations(),
+            "grants": self._engine.grants(),
             "peers": {str(connection.peer): connection.stats() for connection in connections},
         }
 
@@ -337,6 +347,66 @@ class Endpoint:
                     owner._pools.discard(pool)
 
         return forget
+
+
+def _grant_maker(bridges: LoopBridges) -> pools.GrantMaker:
+    """Return what a pool makes grants by; it doesn't keep the endpoint."""
+
+    def make(
+        pool: BlockPool,
+        block_ids: BlockIds | None,
+        token: str | None,
+        *,
+        to: Peer | bytes | str | None,
+        mode: GrantMode,
+        readers: int | None,
+        ttl_s: float | None,
+        queue: CompletionQueue | None,
+        tag: object,
+    ) -> Grant:
+        if mode not in ("read", "write"):
+            raise ValueError(f"mode is {mode!r}, not 'read' or 'write'")
+        if readers is not None and (isinstance(readers, bool) or not 0 < readers < 1 << 32):
+            raise ValueError(f"readers is {readers!r}, not a positive number, or None for a standing grant")
+        if queue is not None and not isinstance(queue, CompletionQueue):
+            raise TypeError(f"queue={queue!r} is not a CompletionQueue (Endpoint.completion_queue makes one)")
+        text = new_token() if token is None else token
+        tag_id, native_queue = (0, None) if queue is None else (queue.next_id(), queue.native)
+        native = pool.native.grant(
+            block_ids,
+            raw_of(text),
+            mode=mode,
+            to=_reader(to),
+            readers=readers or 0,
+            ttl_s=-1.0 if ttl_s is None else _ttl(ttl_s),
+            queue=native_queue,
+            handle_id=tag_id,
+        )
+        grant = Grant(native, bridges, pool, text, tag)
+        if queue is not None:
+            queue.entered(tag_id, grant)
+        return grant
+
+    return make
+
+
+def _ttl(ttl_s: float) -> float:
+    if not ttl_s >= 0:
+        raise ValueError(f"ttl_s={ttl_s!r} is not a number of seconds; None: it doesn't expire")
+    return ttl_s
+
+
+def _reader(to: Peer | bytes | str | None) -> bytes:
+    """Return whom a grant is for, as the engine knows peers; empty: anybody."""
+    if to is None:
+        return b""
+    if isinstance(to, Peer):
+        to = to.incarnation
+    if isinstance(to, str):
+        raise ValueError(f"to={to!r}: identities come with keys, which this version hasn't; name the Peer")
+    if not isinstance(to, bytes) or len(to) != 16:
+        raise ValueError("to= takes a Peer, or the 16 bytes of its incarnation")
+    return to
 
 
 def _for_users(error: OSError, what: str) -> Exception:

@@ -24,6 +24,8 @@ BACKENDS: tuple[str, ...] = ("inproc", "tcp")
 """The ways to move bytes that this version has, the preferred first."""
 
 TransferState: TypeAlias = Literal["posted", "matched", "moving", "done", "failed", "cancelled"]
+GrantState: TypeAlias = Literal["open", "read", "written", "expired", "revoked"]
+GrantMode: TypeAlias = Literal["read", "write"]
 ConnectionState: TypeAlias = Literal["connecting", "open", "lost"]
 PeerLostCause: TypeAlias = Literal["reset", "heartbeat", "restarted", "closed"]
 WaitingFor: TypeAlias = Literal["match", "gate", "bytes", "total"]

@@ -191,6 +191,7 @@ class Acceptor:
             chunk_nbytes=config.chunk_nbytes or messages.CHUNK_MAX_NBYTES,
             reachability=self.reachability,
             name=self.reachability.hostname,
+            capabilities=messages.CAPABILITIES,
             addresses=self.addresses(),
             features=self._places.names,
             limits=Limits(

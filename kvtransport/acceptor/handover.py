@@ -38,4 +38,6 @@ def open_session(
         peer_max_regions=limits.max_regions,
         peer_max_message_queue_nbytes=limits.max_message_queue_nbytes,
         socket_buffer_nbytes=config.socket_buffer_nbytes or 0,
+        peer_incarnation=terms.peer.incarnation,
+        capabilities=terms.capabilities,
     )

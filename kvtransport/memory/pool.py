@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType, TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from kvtransport.errors import LocalProtocolError, WaitTimeout
 from kvtransport.memory.allocation import HostMemory, LayerArray, layer_arrays
@@ -22,10 +22,32 @@ from kvtransport.memory.layout import BlockLayout, LayerGroup
 from kvtransport.memory.plan import MAX_LAYERS, MAX_NAME_NBYTES, Group, PoolPlan, describe
 from kvtransport.memory.region import Watch
 from kvtransport.seconds import to_wait
-from kvtransport.types import Heads, LayerName
+from kvtransport.types import BlockIds, GrantMode, Heads, LayerName
 
 if TYPE_CHECKING:
     from kvtransport import _native
+    from kvtransport.completion import CompletionQueue
+    from kvtransport.grant import Grant
+    from kvtransport.types import Peer
+
+
+class GrantMaker(Protocol):
+    """How an endpoint makes the grants of its pools: the layer above makes their handles."""
+
+    def __call__(
+        self,
+        pool: BlockPool,
+        block_ids: BlockIds | None,
+        token: str | None,
+        *,
+        to: Peer | bytes | str | None,
+        mode: GrantMode,
+        readers: int | None,
+        ttl_s: float | None,
+        queue: CompletionQueue | None,
+        tag: object,
+    ) -> Grant:
+        """Return a new one."""
 
 
 class BlockPool:
@@ -44,9 +66,11 @@ class BlockPool:
         *,
         name: str | None,
         arrays: Mapping[str, LayerArray],
+        make_grant: GrantMaker | None = None,
         on_close: Callable[[BlockPool], None] | None = None,
     ) -> None:
         """For `register` and `allocate`. `on_close` is called once, when the pool has ended."""
+        self._make_grant = make_grant
         self.name = name
         self.arrays: Mapping[str, LayerArray] = MappingProxyType(dict(arrays))
         self.native = native
@@ -114,8 +138,51 @@ class BlockPool:
                 "its blocks are not where the pool says; close the pool and register the array again"
             )
 
+    def grant(
+        self,
+        block_ids: BlockIds | None,
+        *,
+        token: str | None = None,
+        to: Peer | bytes | str | None = None,
+        mode: GrantMode = "read",
+        readers: int | None = 1,
+        ttl_s: float | None = 30,
+        queue: CompletionQueue | None = None,
+        tag: object = None,
+    ) -> Grant:
+        """Let peers read these blocks (`Connection.read_blocks`), or write to them, without this side's Python.
+
+        block_ids: in the order that readers see; None: all blocks of the pool. token: minted before
+            (`kvtransport.new_token`), perhaps by the reader; None: a new one, see `grant.token`.
+        to: a Peer or its incarnation (or the identity of its key): nobody else is let in. None: the first
+            `readers` peers to show the token.
+        readers: how many peers finish with it before it ends by itself; each by one read, or by its last lease.
+            None: a standing grant, that only ends by the three below.
+        ttl_s: it expires so many seconds after it was made, or after its last lease was lost; None: never.
+
+        It ends besides by `grant.revoke()`, by `reuse` of one of its blocks, and with its pool. From then on none
+        of it is delivered. The blocks must hold what shall be read, and not be rewritten before it has ended.
+
+        ValueError: no such block, no token; mode="write" of a read-only pool. LocalProtocolError: the token names
+        another open grant of this endpoint; the pool is closed.
+        """
+        self.check()
+        if self._make_grant is None:
+            raise LocalProtocolError(f"{self!r} belongs to no endpoint: it can't be granted")
+        return self._make_grant(
+            self, block_ids, token, to=to, mode=mode, readers=readers, ttl_s=ttl_s, queue=queue, tag=tag
+        )
+
+    def reuse(self, block_ids: BlockIds) -> None:
+        """End every grant on these blocks, at once: they are about to be rewritten. For whoever frees blocks.
+
+        When this returns they may be rewritten: nothing that is read of them from now on is delivered. Blocks
+        without a grant cost next to nothing. Transfers by key aren't touched.
+        """
+        self.native.reuse(block_ids)
+
     def close(self, timeout: float | None = 5) -> None:
-        """End the pool: wait until no transfer uses it, then let its arrays go. Idempotent.
+        """End the pool: end its grants, wait until no transfer uses it, then let its arrays go. Idempotent.
 
         WaitTimeout (with `quiesced` False: don't free the memory) where transfers still use it after
         `timeout` seconds (None: wait as long as they take); they go on, and the pool stays open.
@@ -157,6 +224,7 @@ def register(
     *,
     name: str | None = None,
     groups: Sequence[LayerGroup] | None = None,
+    make_grant: GrantMaker | None = None,
     on_close: Callable[[BlockPool], None] | None = None,
 ) -> BlockPool:
     """Make a pool of a user's tensors; for Endpoint.register.
@@ -167,7 +235,7 @@ def register(
     TypeError, ValueError: the tensors don't fit the layout, or aren't arrays. BackendUnavailable: GPU memory.
     """
     plan = describe(tensors, layout, groups)
-    return _pool(engine, plan, name, {}, on_close)
+    return _pool(engine, plan, name, {}, make_grant, on_close)
 
 
 def allocate(
@@ -179,6 +247,7 @@ def allocate(
     nbytes: int | None = None,
     name: str | None = None,
     layer_names: Sequence[str] | None = None,
+    make_grant: GrantMaker | None = None,
     on_close: Callable[[BlockPool], None] | None = None,
 ) -> BlockPool | HostMemory:
     """Make a pool of fresh, zeroed memory, or with `nbytes` that many bare bytes; for Endpoint.allocate.
@@ -208,7 +277,7 @@ def allocate(
         raise ValueError(f"a pool needs a layer and a block, not {len(names)} and {num_blocks}")
     arrays = layer_arrays(layout, names, num_blocks)
     plan = describe(arrays if layer_names is not None else list(arrays.values()), layout)
-    return _pool(engine, plan, name, arrays, on_close)
+    return _pool(engine, plan, name, arrays, make_grant, on_close)
 
 
 def _pool(
@@ -216,6 +285,7 @@ def _pool(
     plan: PoolPlan,
     name: str | None,
     arrays: Mapping[str, LayerArray],
+    make_grant: GrantMaker | None,
     on_close: Callable[[BlockPool], None] | None,
 ) -> BlockPool:
     """Make the native pool and its Python twin."""
@@ -233,4 +303,4 @@ def _pool(
         named=plan.named,
         writable=plan.writable,
     )
-    return BlockPool(plan, native, name=name, arrays=arrays, on_close=on_close)
+    return BlockPool(plan, native, name=name, arrays=arrays, make_grant=make_grant, on_close=on_close)

@@ -28,6 +28,8 @@ MAGIC: Final = b"KVTRNSP1"
 JOIN_MAGIC: Final = b"KVTJOIN\0"
 VERSION_MIN: Final = 1
 VERSION_MAX: Final = 1
+CAPABILITIES: Final = 3
+"""What this build knows beyond version 1's first form: 1 the destination may copy, 2 grants."""
 
 PREAMBLE_NBYTES: Final = 32
 JOIN_NBYTES: Final = 64

@@ -31,6 +31,9 @@ class InprocPath::Copier final : public Runnable {
         const protocol::TransferPtr source = peer ? peer->lend(target->transfer->want) : nullptr;
         if (source) {
             verified = copy(*source, *target->transfer, target->range);
+            if (!source->still_granted()) {
+                trailer.status = protocol::ChunkStatus::aborted;
+            }
             peer->returned(source);
         } else {
             trailer.status = protocol::ChunkStatus::aborted;

@@ -20,10 +20,6 @@ namespace kvt::bindings {
 
 namespace {
 
-struct PyEngine {
-    EnginePtr engine;
-};
-
 nb::tuple event_tuple(const engine::Event& event) {
     using Kind = engine::Event::Kind;
     switch (event.kind) {
@@ -77,15 +73,19 @@ void attach_tcp(PySession& session, Fd control, const std::string& session_id,
 PySession open_session(PyEngine& self, int control_fd, nb::bytes session_id, const std::string& protection,
                        unsigned lanes, std::uint64_t chunk_nbytes, int peer_pid, const std::string& backend,
                        std::uint32_t peer_unmatched, std::uint32_t peer_regions,
-                       std::uint64_t peer_message_queue_nbytes, int socket_buffer_nbytes) {
+                       std::uint64_t peer_message_queue_nbytes, int socket_buffer_nbytes,
+                       nb::bytes peer_incarnation, std::uint64_t capabilities) {
     Fd control(control_fd);  // ours from here on, whatever the outcome
     require_alive(*self.engine);
     const std::string id(session_id.c_str(), session_id.size());
+    const std::string reader(peer_incarnation.c_str(), peer_incarnation.size());
     return translate([&] {
         auto config = session_config(*self.engine, protection, peer_unmatched, peer_regions,
                                      peer_message_queue_nbytes);
         config.chunk_nbytes = chunk_nbytes;
+        config.capabilities = capabilities;
         PySession session{self.engine, self.engine->new_connection(id), 0};
+        session.connection->set_reader(reader);
         attach_tcp(session, std::move(control), id, config,
                    {lanes, socket_buffer_nbytes, config.digest, backend}, peer_pid);
         return session;
@@ -97,7 +97,7 @@ protocol::SessionConfig inproc_config(const engine::Engine& engine, const engine
     const auto& theirs = peer.options().session;
     auto config = session_config(engine, protection, theirs.unmatched, theirs.regions,
                                  theirs.message_queue_nbytes);
-    config.capabilities = protocol::kCanCopy;
+    config.capabilities = protocol::kCanCopy | protocol::kCanGrant;
     config.pulls = true;
     return config;
 }
@@ -122,6 +122,8 @@ nb::tuple open_inproc_pair(PyEngine& self, PyEngine& other, nb::bytes session_id
         backends::InprocPath::join(*path_a, a.connection, *path_b, b.connection);
         self.engine->rename(a.connection, id);
         other.engine->rename(b.connection, other_id);
+        a.connection->set_reader(other.engine->options().incarnation);
+        b.connection->set_reader(self.engine->options().incarnation);
         // Quiet until both are open: the first frame of one must find the other ready.
         a.connection->prepare(path_a, config_a);
         b.connection->prepare(path_b, config_b);
@@ -369,7 +371,8 @@ void bind_sessions(nb::class_<PyEngine>& engine) {
              nb::arg("protection"), nb::arg("lanes"), nb::arg("chunk_nbytes"), nb::arg("peer_pid"),
              nb::arg("backend") = "tcp", nb::arg("peer_max_unmatched") = 1024,
              nb::arg("peer_max_regions") = 1024, nb::arg("peer_max_message_queue_nbytes") = 64u << 20,
-             nb::arg("socket_buffer_nbytes") = 0)
+             nb::arg("socket_buffer_nbytes") = 0, nb::arg("peer_incarnation") = nb::bytes("", 0),
+             nb::arg("capabilities") = 0)
         .def("open_inproc_pair", &open_inproc_pair, nb::arg("other"), nb::kw_only(), nb::arg("session_id"),
              nb::arg("protection") = "plain", nb::arg("mine").none() = nb::none(),
              nb::arg("theirs").none() = nb::none())

@@ -12,9 +12,8 @@
 
 namespace kvt::bindings {
 
-namespace {
+namespace {}  // namespace
 
-// A limit of a transfer, in seconds; negative means none where `may_be_none`.
 protocol::Time duration(const char* name, double seconds, bool may_be_none) {
     if (seconds < 0 && may_be_none) {
         return protocol::kNever;
@@ -24,6 +23,8 @@ protocol::Time duration(const char* name, double seconds, bool may_be_none) {
     }
     return seconds > 1e9 ? protocol::kNever : static_cast<protocol::Time>(seconds * 1e9);
 }
+
+namespace {
 
 struct Timeouts {
     double match, stall, total;

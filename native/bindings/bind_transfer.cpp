@@ -17,12 +17,14 @@ nb::object exception_of(const PyTransfer& self) {
     if (!self.handle().done()) {
         return nb::none();
     }
-    const engine::Result& result = self.transfer ? self.transfer->result : self.message->result;
-    if (result.outcome.cause == protocol::Cause::ok) {
+    if (self.result().outcome.cause == protocol::Cause::ok) {
         return nb::none();
     }
     require_alive(*self.engine);  // the error names the peer, which the connection's lock is for
-    return self.transfer ? error_of(*self.transfer) : error_of(*self.message);
+    return self.transfer  ? error_of(*self.transfer)
+           : self.message ? error_of(*self.message)
+           : self.grant   ? error_of(*self.grant)
+                          : error_of(*self.lease);
 }
 
 nb::object result_of(const PyTransfer& self) {
@@ -34,15 +36,24 @@ nb::object result_of(const PyTransfer& self) {
         PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(error.ptr())), error.ptr());
         throw nb::python_error();
     }
-    if (!self.transfer) {
+    if (!self.transfer && !self.grant) {
         return nb::none();
     }
-    const engine::Result& r = self.transfer->result;
-    const std::uint64_t runs = self.transfer->merged_runs();
+    const engine::Result& r = self.result();
+    const std::uint64_t runs = self.transfer ? self.transfer->merged_runs() : 0;
     const auto seconds = [](std::int64_t ns) { return static_cast<double>(ns) / 1e9; };
     return nb::make_tuple(r.nbytes, seconds(r.seconds_ns), r.backend, r.blocks, runs, r.chunks,
                           r.resumed_nbytes, seconds(r.wire_ns), seconds(r.queued_ns),
                           nb::bytes(r.meta.data(), r.meta.size()));
+}
+
+bool wait_for(engine::Handle& handle, std::int64_t until) {
+    engine::Waiter waiter;
+    if (handle.subscribe(&waiter)) {
+        waiter.wait(until);
+        handle.unsubscribe(&waiter);
+    }
+    return handle.done();
 }
 
 bool wait(const PyTransfer& self, double timeout_s) {
@@ -55,7 +66,10 @@ bool wait(const PyTransfer& self, double timeout_s) {
         bool over = false;
         {
             const Calling here(self.engine->callers);
-            over = translate([&] { return self.connection()->wait(self.handle(), until); });
+            over = translate([&] {
+                const auto connection = self.connection();
+                return connection ? connection->wait(self.handle(), until) : wait_for(self.handle(), until);
+            });
         }
         if (over) {
             return true;
@@ -70,7 +84,7 @@ bool wait(const PyTransfer& self, double timeout_s) {
 bool wait_layer(const PyTransfer& self, std::uint32_t layer, double timeout_s) {
     using LayerState = engine::Connection::LayerState;
     if (!self.transfer) {
-        throw nb::type_error("a message has no layers");
+        throw nb::type_error("only a transfer has layers");
     }
     const std::int64_t until = until_of(timeout_s);
     for (;;) {
@@ -161,10 +175,10 @@ std::string state_of(const PyTransfer& self) {
     if (self.transfer) {
         return self.transfer->connection()->state_of(*self.transfer);
     }
-    if (!self.message->done()) {
+    if (!self.handle().done()) {
         return "posted";
     }
-    return self.message->result.outcome.cause == protocol::Cause::ok ? "done" : "failed";
+    return self.result().outcome.cause == protocol::Cause::ok ? "done" : "failed";
 }
 
 }  // namespace

@@ -189,14 +189,20 @@ std::size_t group_named(nb::handle name, const std::vector<memory::Group>& group
 
 }  // namespace
 
-std::vector<IdsPtr> to_ids(nb::handle ids, const memory::PoolShape& shape) {
+namespace {
+
+// `bounded`: by the blocks that the shape has; a range is looked at before it is spread out.
+std::vector<IdsPtr> by_group(nb::handle ids, const memory::PoolShape& shape, bool bounded) {
     const auto& groups = shape.groups();
+    const auto bound = [&](std::size_t group) {
+        return bounded ? groups[group].num_blocks : std::uint64_t{1} << 32;
+    };
     std::vector<IdsPtr> out(groups.size());
     if (!is_mapping(ids)) {
         if (groups.size() != 1) {
             throw nb::value_error("the pool has several groups: block ids are {group: ids}");
         }
-        out[0] = one_group(ids, groups[0].num_blocks);
+        out[0] = one_group(ids, bound(0));
         return out;
     }
     // A list of our own: converting a group's ids may run code that changes the mapping.
@@ -205,9 +211,19 @@ std::vector<IdsPtr> to_ids(nb::handle ids, const memory::PoolShape& shape) {
             throw nb::type_error("the items of block ids by group are pairs (name, ids)");
         }
         const std::size_t group = group_named(PyTuple_GET_ITEM(item.ptr(), 0), groups);
-        out[group] = one_group(PyTuple_GET_ITEM(item.ptr(), 1), groups[group].num_blocks);
+        out[group] = one_group(PyTuple_GET_ITEM(item.ptr(), 1), bound(group));
     }
     return out;
+}
+
+}  // namespace
+
+std::vector<IdsPtr> to_ids(nb::handle ids, const memory::PoolShape& shape) {
+    return by_group(ids, shape, true);
+}
+
+std::vector<IdsPtr> to_positions(nb::handle positions, const memory::PoolShape& shape) {
+    return by_group(positions, shape, false);
 }
 
 std::string to_key(nb::handle key, bool& text) {

@@ -35,6 +35,7 @@ NB_MODULE(_native, m) {
     kvt::bindings::bind_engine(m);
     kvt::bindings::bind_session(m);
     kvt::bindings::bind_transfer(m);
+    kvt::bindings::bind_grants(m);
     m.def("transfer_table", &transition_rows);
     m.def(
         "crc32c",

@@ -40,17 +40,33 @@ struct PyPool {
     std::shared_ptr<engine::Pool> pool;
 };
 
-/// A transfer's or a message's handle.
+/// The handle of a transfer, a message, a grant or a lease.
 struct PyTransfer {
     EnginePtr engine;
-    std::shared_ptr<engine::TransferHandle> transfer;  // one of the two
-    std::shared_ptr<engine::MessageHandle> message;
+    std::shared_ptr<engine::TransferHandle> transfer = nullptr;  // one of the four
+    std::shared_ptr<engine::MessageHandle> message = nullptr;
+    std::shared_ptr<engine::GrantHandle> grant = nullptr;
+    std::shared_ptr<engine::LeaseHandle> lease = nullptr;
 
     engine::Handle& handle() const noexcept {
-        return transfer ? static_cast<engine::Handle&>(*transfer) : static_cast<engine::Handle&>(*message);
+        return transfer  ? static_cast<engine::Handle&>(*transfer)
+               : message ? static_cast<engine::Handle&>(*message)
+               : grant   ? static_cast<engine::Handle&>(*grant)
+                         : static_cast<engine::Handle&>(*lease);
     }
+    /// Once it is done.
+    const engine::Result& result() const noexcept {
+        return transfer  ? transfer->result
+               : message ? message->result
+               : grant   ? grant->result
+                         : lease->result;
+    }
+    /// Null for a grant, which is no connection's.
     std::shared_ptr<engine::Connection> connection() const {
-        return transfer ? transfer->connection() : message->connection();
+        return transfer  ? transfer->connection()
+               : message ? message->connection()
+               : lease   ? lease->connection()
+                         : nullptr;
     }
 };
 
@@ -59,6 +75,13 @@ struct PySession {
     std::shared_ptr<engine::Connection> connection;
     unsigned lanes = 0;
 };
+
+struct PyEngine {
+    EnginePtr engine;
+};
+
+/// A limit of a transfer, from seconds; negative means none where `may_be_none`.
+protocol::Time duration(const char* name, double seconds, bool may_be_none);
 
 /// Nanoseconds from now, as a point of the monotonic clock; negative seconds: never.
 std::int64_t until_of(double seconds) noexcept;
@@ -70,5 +93,7 @@ bool wait_with_signals(const EnginePtr& engine, double timeout_s,
 void bind_engine(nanobind::module_& m);
 void bind_session(nanobind::module_& m);
 void bind_transfer(nanobind::module_& m);
+/// What grants add to the classes of the others.
+void bind_grants(nanobind::module_& m);
 
 }  // namespace kvt::bindings

@@ -20,8 +20,19 @@ nb::object key_object(const engine::TransferHandle& handle) {
 }
 
 std::string shown_key(const engine::TransferHandle& handle) {
-    return (handle.role == protocol::Role::source ? "send '" : "receive '") + shown(handle.key) + "'";
+    const bool source = handle.role == protocol::Role::source;
+    if (handle.use != nullptr) {  // who has the whole token may use it: not in messages
+        return (source ? "write to grant " : "read of grant ") + handle.key.substr(0, 6) + "...";
+    }
+    return (source ? "send '" : "receive '") + shown(handle.key) + "'";
 }
+
+constexpr const char* kDenied =
+    "not granted: the token is unknown to the peer, has ended, is for another, or hasn't these blocks; "
+    "compute "
+    "them again";
+constexpr const char* kStale =
+    "the grant has ended (read, revoked, reused or expired); compute the blocks again";
 
 // The reason of a loss starts with its cause: "reset: ...", "heartbeat: ...".
 std::pair<std::string, std::string> split_reason(const std::string& reason) {
@@ -52,6 +63,8 @@ bool retryable(Cause cause) noexcept {
         case Cause::layout_mismatch:
         case Cause::connection_closed:
         case Cause::protocol_error:
+        case Cause::grant_denied:
+        case Cause::grant_stale:
         case Cause::resource_limit: return false;
         default: return true;
     }
@@ -118,6 +131,8 @@ std::string text_of(const engine::TransferHandle& handle) {
                    corrupt_blocks(handle.result) +
                    "; post these again, and look at memory or network hardware";
         case Cause::layout_mismatch: return mismatch_text(outcome.mismatch);
+        case Cause::grant_denied: return kDenied;
+        case Cause::grant_stale: return kStale;
         default: return loss_text(outcome);
     }
 }
@@ -147,6 +162,21 @@ void add_class_attributes(nb::dict& attributes, const engine::Result& result) {
         case Cause::peer_lost: attributes["cause"] = shown(split_reason(outcome.reason).first); break;
         default: break;
     }
+}
+
+/// As kvtransport.new_token() writes it: base64, with - and _, without padding.
+nb::str token_text(const protocol::Token& token) {
+    constexpr const char* kDigits = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_";
+    std::string text;
+    unsigned bits = 0, have = 0;
+    for (const std::byte byte : token) {
+        bits = bits << 8 | std::to_integer<unsigned>(byte);
+        for (have += 8; have >= 6; have -= 6) {
+            text += kDigits[bits >> (have - 6) & 63];
+        }
+    }
+    text += kDigits[bits << (6 - have) & 63];
+    return nb::str(text.data(), text.size());
 }
 
 nb::dict attributes_of(const protocol::Outcome& outcome, const engine::Connection& connection) {
@@ -206,6 +236,8 @@ const char* class_of(Cause cause) noexcept {
         case Cause::connection_closed: return "ConnectionClosed";
         case Cause::protocol_error: return "RemoteProtocolError";
         case Cause::resource_limit: return "ResourceLimit";
+        case Cause::grant_denied: return "PermissionDenied";
+        case Cause::grant_stale: return "StaleGrant";
         case Cause::ok: break;
     }
     return "KVTransportError";
@@ -250,6 +282,27 @@ nb::object error_of(const engine::MessageHandle& handle) {
     add_class_attributes(attributes, handle.result);
     return make_error(class_of(handle.result.outcome.cause), "message: " + loss_text(handle.result.outcome),
                       attributes);
+}
+
+nb::object error_of(const engine::GrantHandle& handle) {
+    const protocol::Outcome& outcome = handle.result.outcome;
+    nb::dict attributes;
+    attributes["key"] = token_text(handle.token);
+    attributes["quiesced"] = true;
+    attributes["delivered"] = false;
+    add_class_attributes(attributes, handle.result);
+    return make_error(class_of(outcome.cause), "grant: " + loss_text(outcome), attributes);
+}
+
+nb::object error_of(const engine::LeaseHandle& handle) {
+    const protocol::Outcome& outcome = handle.result.outcome;
+    nb::dict attributes = attributes_of(outcome, *handle.connection());
+    attributes["key"] = token_text(handle.token);
+    add_class_attributes(attributes, handle.result);
+    const std::string text = outcome.cause == Cause::grant_denied  ? kDenied
+                             : outcome.cause == Cause::grant_stale ? kStale
+                                                                   : loss_text(outcome);
+    return make_error(class_of(outcome.cause), "lease: " + text, attributes);
 }
 
 void rethrow() {

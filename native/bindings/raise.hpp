@@ -33,6 +33,8 @@ const char* class_of(protocol::Cause cause) noexcept;
 /// The exception of a transfer or message that ended with anything but success.
 nb::object error_of(const engine::TransferHandle& handle);
 nb::object error_of(const engine::MessageHandle& handle);
+nb::object error_of(const engine::GrantHandle& handle);
+nb::object error_of(const engine::LeaseHandle& handle);
 
 /// Rethrows the C++ exception in flight as the Python one that callers expect. Needs the GIL.
 [[noreturn]] void rethrow();

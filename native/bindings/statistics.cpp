@@ -15,6 +15,8 @@ const char* name_of(engine::Operation operation) {
         case engine::Operation::send: return "send";
         case engine::Operation::receive: return "recv";
         case engine::Operation::message: return "message";
+        case engine::Operation::read: return "read";
+        case engine::Operation::write: return "write";
     }
     return "";
 }

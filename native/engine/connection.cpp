@@ -7,6 +7,7 @@
 #include "base/clock.hpp"
 #include "base/crc32c.hpp"
 #include "engine/engine.hpp"
+#include "engine/watch.hpp"
 
 namespace kvt::engine {
 
@@ -74,6 +75,7 @@ std::shared_ptr<TransferHandle> Connection::make_handle(PostArgs& args) {
     handle->key_is_text = args.key_is_text;
     handle->meta = std::move(args.meta);
     handle->limits = args.limits;
+    handle->use = std::move(args.use);
     handle->gate = args.gate;
     handle->layer_gate = args.gate;
     if (args.queue) {
@@ -228,6 +230,7 @@ Connection::Output Connection::take_output() {
     output.quiescing = session_.take_quiescing();
     output.finished = session_.take_finished();
     output.messages = session_.take_finished_messages();
+    output.holds = session_.take_finished_holds();
     output.inbox = session_.has_messages();
     output.control = !session_.outbox().empty();
     output.payload = session_.has_chunks() || session_.has_copies();
@@ -270,6 +273,9 @@ bool Connection::settle_once(std::uint64_t small_nbytes) {
     for (const auto& message : output.messages) {
         complete(message);
     }
+    for (const auto& hold : output.holds) {
+        complete(hold);
+    }
     if (output.payload && output.path) {
         output.path->kick(small_nbytes);
     }
@@ -308,18 +314,35 @@ void Connection::put_inline() {
             trailer.digest = crc32c(protocol::digest_seed(job->header), out.data() + body_at,
                                     job->header.body_nbytes);
         }
+        const bool granted = job->transfer->still_granted();  // read, then looked at: never the reverse
+        trailer.status = granted ? protocol::ChunkStatus::ok : protocol::ChunkStatus::aborted;
         const auto raw = protocol::encode_trailer(trailer);
         out.insert(out.end(), raw.begin(), raw.end());
-        session_.chunk_left(*job, true, true, now);
+        session_.chunk_left(*job, granted, true, now);
     }
 }
+
+namespace {
+
+Operation operation_of(const TransferHandle& handle) noexcept {
+    if (handle.role == protocol::Role::source) {
+        return handle.use ? Operation::write : Operation::send;
+    }
+    return handle.use ? Operation::read : Operation::receive;
+}
+
+}  // namespace
 
 void Connection::complete(const protocol::TransferPtr& transfer) {
     auto& handle = static_cast<TransferHandle&>(*transfer);
     engine_.release(handle);
     handle.block_pool()->unuse();
-    count(handle.role == protocol::Role::source ? Operation::send : Operation::receive,
-          handle.result.outcome.cause, handle.result.nbytes, handle.result.seconds_ns);
+    if (handle.grant) {  // the peer's operation, counted there
+        engine_.grants().served(handle, reader());
+    } else {
+        count(operation_of(handle), handle.result.outcome.cause, handle.result.nbytes,
+              handle.result.seconds_ns);
+    }
     handle.complete();
     std::vector<std::shared_ptr<MessageHandle>> ready;
     {
@@ -434,6 +457,15 @@ std::optional<protocol::CloseCode> last_word(Cause cause, bool tell) noexcept {
 
 }  // namespace
 
+namespace {
+
+// Proved: it won't come back as who it was.
+bool has_died(Cause cause, const std::string& reason) noexcept {
+    return cause == Cause::peer_lost && (reason == kProcessEnded || reason.starts_with("restarted"));
+}
+
+}  // namespace
+
 void Connection::close(Cause cause, const std::string& reason, bool tell) {
     if (forked()) {
         return;
@@ -473,6 +505,7 @@ void Connection::close(Cause cause, const std::string& reason, bool tell) {
         path_ = nullptr;  // its descriptors close when the last thread has left it
     }
     unwatch_process();
+    engine_.grants().reader_gone(reader(), has_died(cause, reason));
     engine_.lost(shared_from_this(), cause, reason);
 }
 

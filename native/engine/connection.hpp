@@ -18,6 +18,7 @@
 #include "backends/path.hpp"
 #include "base/fd.hpp"
 #include "engine/gate.hpp"
+#include "engine/grants.hpp"
 #include "engine/handle.hpp"
 #include "engine/tally.hpp"
 #include "memory/busy.hpp"
@@ -41,13 +42,16 @@ struct PostArgs {
     memory::Heads heads = memory::Heads::every();
     std::string key, meta;
     bool key_is_text = true;
+    std::shared_ptr<protocol::GrantUse> use;  // one-sided; the key is its token as the user has it
     std::shared_ptr<LayerGate> gate;
     protocol::Limits limits;
     std::shared_ptr<Queue> queue;
     std::uint64_t tag = 0;
 };
 
-class Connection final : public backends::PathHost, public std::enable_shared_from_this<Connection> {
+class Connection final : public backends::PathHost,
+                         public protocol::GrantHost,
+                         public std::enable_shared_from_this<Connection> {
   public:
     Connection(Engine& engine, std::string session_id);
     ~Connection() override;
@@ -66,7 +70,15 @@ class Connection final : public backends::PathHost, public std::enable_shared_fr
     std::shared_ptr<TransferHandle> post(PostArgs args);
     std::shared_ptr<MessageHandle> post_message(protocol::Bytes data, std::shared_ptr<TransferHandle> after,
                                                 std::shared_ptr<Queue> queue, std::uint64_t tag);
+    std::shared_ptr<LeaseHandle> hold(const protocol::Token& token, std::uint32_t wait_ms,
+                                      std::shared_ptr<Queue> queue, std::uint64_t tag);
+    void let_go(const std::shared_ptr<LeaseHandle>& lease);
+    bool is_held(const LeaseHandle& lease) const {
+        const std::lock_guard lock(mutex_);
+        return lease.state == protocol::Hold::State::held;
+    }
     void cancel(const std::shared_ptr<TransferHandle>& handle);
+    void refuse(const protocol::Token& token, const std::string& reason, protocol::Time remember_ns);
     void refuse(const std::string& key, const std::string& reason, protocol::Time remember_ns);
     /// Waits until done; false at `until` or when a signal handler ran. Drives the connection while it waits.
     bool wait(Handle& handle, std::int64_t until);
@@ -110,6 +122,18 @@ class Connection final : public backends::PathHost, public std::enable_shared_fr
                    bool verified) override;
     void chunk_left(const protocol::ChunkJob& job, bool whole, bool begun) override;
 
+    // For Grants: what follows from the end of a grant of ours, or its beginning.
+    void grant_came(const protocol::Token& token);
+    void hold_ended(const protocol::Token& token);
+    /// Returns when no byte of it is stored any more.
+    void stop_served(const std::shared_ptr<TransferHandle>& transfer);
+    // GrantHost
+    Service serve_read(const protocol::ReadBody& read, const protocol::PoolTerms& theirs) override;
+    Service serve_write(const protocol::WriteBody& write, const protocol::PoolTerms& theirs) override;
+    bool hold(const protocol::Token& token) override;
+    void release(const protocol::Token& token) override;
+    void await(const protocol::Token& token) override;
+
     protocol::TransferPtr lend(std::uint64_t want) override;
     void returned(const protocol::TransferPtr& transfer) override;
     void wait_inactive(const protocol::TransferPtr& transfer) override;
@@ -133,6 +157,16 @@ class Connection final : public backends::PathHost, public std::enable_shared_fr
     bool forked() const noexcept { return generation_ != fork_generation(); }
     std::shared_ptr<backends::Path> path() const;
     std::string backend() const;
+    /// The peer's incarnation: by that it is let in to grants. Once, before open().
+    void set_reader(std::string incarnation) {
+        const std::lock_guard lock(mutex_);
+        reader_ = std::move(incarnation);
+        session_.set_grants(this);
+    }
+    std::string reader() const {
+        const std::lock_guard lock(mutex_);
+        return reader_;
+    }
     /// Who the peer is, for errors.
     void set_label(std::string label) {
         const std::lock_guard lock(mutex_);
@@ -157,6 +191,7 @@ class Connection final : public backends::PathHost, public std::enable_shared_fr
     struct Output {
         std::vector<protocol::TransferPtr> quiescing, finished;
         std::vector<protocol::MessagePtr> messages;
+        std::vector<protocol::HoldPtr> holds;
         std::shared_ptr<backends::Path> path;
         bool control = false, payload = false, gated = false, inbox = false;
         protocol::Time deadline = protocol::kNever;
@@ -173,6 +208,7 @@ class Connection final : public backends::PathHost, public std::enable_shared_fr
         }
         return heir_;
     }
+    std::shared_ptr<Connection> place(const std::shared_ptr<LeaseHandle>& lease);
     /// Hands a post to the session, or to the heir's; returns whose.
     std::shared_ptr<Connection> place(const std::shared_ptr<TransferHandle>& handle, std::uint64_t pool_id);
     void settle(std::uint64_t small_nbytes);
@@ -184,6 +220,10 @@ class Connection final : public backends::PathHost, public std::enable_shared_fr
     void deliver_messages();
     void complete(const protocol::TransferPtr& transfer);
     void complete(const protocol::MessagePtr& message, bool counted = true);
+    static void complete(const protocol::HoldPtr& hold);
+    Service plan_service(const GrantHandlePtr& grant, const protocol::GrantUse& use,
+                         const protocol::Terms& terms, const protocol::PoolTerms& theirs,
+                         protocol::Role role);
     void count(Operation operation, protocol::Cause outcome, std::uint64_t nbytes, std::int64_t ns);
     bool take_over(TransferHandle& handle, const protocol::TransferPtr& transfer, protocol::Time now);
     void attach_gate(TransferHandle& handle);
@@ -205,7 +245,7 @@ class Connection final : public backends::PathHost, public std::enable_shared_fr
     protocol::DigestKind digest_ = protocol::DigestKind::none;
     std::shared_ptr<backends::Path> path_;  // null before open() and after close()
     std::shared_ptr<ProcessWatch> watch_;   // as path_
-    std::string backend_ = "none", label_;
+    std::string backend_ = "none", label_, reader_;
     std::atomic<bool> open_{false}, lost_{false};
     std::atomic<protocol::Time> heard_at_, spoke_at_;
     protocol::Time dead_after_;

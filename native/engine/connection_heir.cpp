@@ -89,6 +89,10 @@ void Connection::adopt(const std::shared_ptr<Connection>& other) {
                 gated.push_back(std::move(handle));
             }
         }
+        for (auto& hold : other->session_.give_up_holds()) {
+            std::static_pointer_cast<LeaseHandle>(hold)->move_to(shared_from_this());
+            session_.post_hold(std::move(hold), now);
+        }
         for (auto& message : other->session_.give_up_messages()) {
             session_.post_message(std::move(message), now);
         }

@@ -237,6 +237,7 @@ bool Engine::close_pool(const std::shared_ptr<Pool>& pool, std::int64_t until) {
     if (pool->closed()) {
         return true;
     }
+    grants_->end_pool(pool->id());
     if (!pool->close(until)) {
         return false;
     }
@@ -372,6 +373,7 @@ Time Engine::turn() {
     }
     Time next = std::min(any ? next_heartbeat_ : kNever, next_deadline_.load());
     next = std::min(next, admission_->expire(now));
+    next = std::min(next, grants_->on_time(now));
     next = std::min(next, poll_gated(now));
     planned_.store(next);
     // A deadline that came meanwhile was compared with the plan before this one.

@@ -57,6 +57,7 @@ class Engine {
     backends::Mover& mover(std::size_t i) noexcept { return *movers_[i % movers_.size()]; }
     std::vector<backends::Mover*> movers() noexcept;
     Admission& admission() noexcept { return *admission_; }
+    Grants& grants() noexcept { return *grants_; }
     bool forked() const noexcept;
     bool closed() const noexcept { return closed_.load(std::memory_order_acquire); }
     /// Ends every connection (pending transfers: ConnectionClosed), joins the threads, closes the
@@ -117,6 +118,7 @@ class Engine {
     std::unique_ptr<EventLoop> reactor_;
     std::vector<std::unique_ptr<backends::Mover>> movers_;
     std::unique_ptr<Admission> admission_;
+    std::shared_ptr<Grants> grants_ = std::make_shared<Grants>(*this);
 
     std::mutex mutex_;  // connections, pools
     std::unordered_map<std::string, std::shared_ptr<Connection>> connections_;

@@ -18,6 +18,7 @@
 namespace kvt::engine {
 
 class Connection;
+class GrantHandle;
 class LayerGate;
 
 struct Result {
@@ -63,6 +64,7 @@ class TransferHandle final : public protocol::Transfer, public Handle {
     bool key_is_text = true;                // the user's key was a str
     std::uint64_t claim_id = 0;             // in the engine's table of busy destination bytes; 0: none
     std::vector<Sink*> layer_waiters;       // under the lock of the session whose it is
+    std::shared_ptr<GrantHandle> grant;     // of ours, by which the peer is served
     std::shared_ptr<LayerGate> layer_gate;  // `gate`, to be attached where the post is made
 
   private:
@@ -70,6 +72,25 @@ class TransferHandle final : public protocol::Transfer, public Handle {
     std::shared_ptr<Connection> connection_;
     std::shared_ptr<Pool> block_pool_;
     std::shared_ptr<const memory::StreamPlan> plan_;
+};
+
+/// A lease on a peer's grant.
+class LeaseHandle final : public protocol::Hold, public Handle {
+  public:
+    explicit LeaseHandle(std::shared_ptr<Connection> connection) : connection_(std::move(connection)) {}
+    std::shared_ptr<Connection> connection() const {
+        const std::lock_guard lock(connection_mutex_);
+        return connection_;
+    }
+    void move_to(std::shared_ptr<Connection> connection) {
+        const std::lock_guard lock(connection_mutex_);
+        connection_ = std::move(connection);
+    }
+    Result result;
+
+  private:
+    mutable std::mutex connection_mutex_;
+    std::shared_ptr<Connection> connection_;
 };
 
 class MessageHandle final : public protocol::Message, public Handle {

@@ -16,7 +16,7 @@
 
 namespace kvt::engine {
 
-enum class Operation : std::uint8_t { send, receive, message };
+enum class Operation : std::uint8_t { send, receive, message, read, write };
 
 class Tally {
   public:

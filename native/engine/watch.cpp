@@ -33,7 +33,7 @@ void ProcessWatch::on_events(std::uint32_t) {
     if (const auto path = connection->path()) {
         path->read_last_words();
     }
-    connection->lose(protocol::Cause::peer_lost, "reset: the peer's process has ended");
+    connection->lose(protocol::Cause::peer_lost, kProcessEnded);
 }
 
 }  // namespace kvt::engine

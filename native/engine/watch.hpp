@@ -13,6 +13,9 @@ namespace kvt::engine {
 
 class Connection;
 
+/// The reason that a connection is lost for, where the watch says so.
+inline constexpr const char* kProcessEnded = "reset: the peer's process has ended";
+
 class ProcessWatch final : public Pollable {
   public:
     /// Null where the kernel has no pidfd or the process is gone or not visible.

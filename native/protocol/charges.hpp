@@ -22,6 +22,11 @@ inline std::size_t charge_of_pool(const PoolTerms& pool, std::size_t body_nbytes
            pool.layers.size() * kPoolLayerCharge;
 }
 
+/// What stands for the key in a READ or WRITE.
+inline std::size_t charge_of_use(const GrantUse& use) noexcept {
+    return use.token.size() + use.positions() * sizeof(std::uint32_t);
+}
+
 /// Of a WANT or OFFER; `text_nbytes` are those of its key and meta.
 inline std::size_t charge_of(std::size_t text_nbytes, const Terms& terms, std::size_t ranges) noexcept {
     return kRecordCharge + text_nbytes + terms.groups.size() * kTermsGroupCharge +

@@ -5,6 +5,7 @@
 #include <unordered_set>
 
 #include "base/crc32c.hpp"
+#include "protocol/frames_parts.hpp"
 
 namespace kvt::protocol {
 
@@ -19,7 +20,7 @@ struct Rule {
 constexpr Rule kRules[] = {
     {FrameType::pool, kPoolClosed, 0, kMaxControlBodyNbytes},
     {FrameType::offer, 0, 1, kMaxControlBodyNbytes},
-    {FrameType::want, kWantPulls, 1, kMaxControlBodyNbytes},
+    {FrameType::want, kWantPulls | kWantOfWrite, 1, kMaxControlBodyNbytes},
     {FrameType::chunk, 0, 1, kMaxChunkNbytes},
     {FrameType::done, 0, 0, 0},
     {FrameType::abort, kFromSource | kOfferId, 1, 16 * 1024},
@@ -33,6 +34,10 @@ constexpr Rule kRules[] = {
     {FrameType::located, kBehindGate, 0, kMaxControlBodyNbytes},
     {FrameType::again, 0, 20, 4 + 16 * kMaxRanges},
     {FrameType::copied, 0, 0, 0},
+    {FrameType::read, kWantPulls, 1, kMaxControlBodyNbytes},
+    {FrameType::write, 0, 1, kMaxControlBodyNbytes},
+    {FrameType::hold, kLetGo, 0, 20},
+    {FrameType::held, kHeldNot, 0, 0},
 };
 
 const Rule* rule_of(FrameType type) noexcept {
@@ -40,6 +45,37 @@ const Rule* rule_of(FrameType type) noexcept {
                                     [&](const Rule& r) { return r.type == type; });
     return found == std::end(kRules) ? nullptr : found;
 }
+
+bool has_name_twice(const std::vector<LayerTerms>& layers) {
+    std::unordered_set<std::string_view> names;
+    return !std::all_of(layers.begin(), layers.end(),
+                        [&](const LayerTerms& layer) { return names.insert(layer.name).second; });
+}
+
+std::string read_key(Reader& in) {
+    std::string key = in.text(kMaxKeyNbytes);
+    if (key.empty()) {
+        throw Violation("a transfer's key is empty");
+    }
+    return key;
+}
+
+// As much of a text as a reason may have, and no half of a UTF-8 character at its end.
+std::string_view cut(std::string_view text) {
+    if (text.size() <= kMaxReasonNbytes) {
+        return text;
+    }
+    const auto continues = [&](std::size_t at) {
+        return (static_cast<unsigned char>(text[at]) & 0xc0u) == 0x80u;
+    };
+    std::size_t end = kMaxReasonNbytes;
+    while (end > kMaxReasonNbytes - 3 && continues(end)) {
+        --end;
+    }
+    return text.substr(0, end);
+}
+
+}  // namespace
 
 void write_terms(Writer& out, const Terms& terms) {
     out.integer(terms.pool);
@@ -98,41 +134,11 @@ std::vector<Range> read_ranges(Reader& in) {
     return ranges;
 }
 
-bool has_name_twice(const std::vector<LayerTerms>& layers) {
-    std::unordered_set<std::string_view> names;
-    return !std::all_of(layers.begin(), layers.end(),
-                        [&](const LayerTerms& layer) { return names.insert(layer.name).second; });
-}
-
-std::string read_key(Reader& in) {
-    std::string key = in.text(kMaxKeyNbytes);
-    if (key.empty()) {
-        throw Violation("a transfer's key is empty");
-    }
-    return key;
-}
-
-// As much of a text as a reason may have, and no half of a UTF-8 character at its end.
-std::string_view cut(std::string_view text) {
-    if (text.size() <= kMaxReasonNbytes) {
-        return text;
-    }
-    const auto continues = [&](std::size_t at) {
-        return (static_cast<unsigned char>(text[at]) & 0xc0u) == 0x80u;
-    };
-    std::size_t end = kMaxReasonNbytes;
-    while (end > kMaxReasonNbytes - 3 && continues(end)) {
-        --end;
-    }
-    return text.substr(0, end);
-}
-
-}  // namespace
-
 const char* name_of(FrameType type) noexcept {
     constexpr const char* kNames[] = {"?",     "POOL",    "OFFER",   "WANT",     "CHUNK",   "DONE",
                                       "ABORT", "ABORTED", "GATED",   "RELEASED", "MESSAGE", "MESSAGE_ACK",
-                                      "PING",  "CLOSE",   "LOCATED", "AGAIN",    "COPIED"};
+                                      "PING",  "CLOSE",   "LOCATED", "AGAIN",    "COPIED",  "READ",
+                                      "WRITE", "HOLD",    "HELD"};
     const auto index = static_cast<std::size_t>(type);
     return index < std::size(kNames) ? kNames[index] : kNames[0];
 }
@@ -281,7 +287,7 @@ AbortBody decode_abort(std::span<const std::byte> raw) {
     AbortBody body;
     const auto code = in.integer<std::uint32_t>();
     if (code < static_cast<std::uint32_t>(AbortCode::cancelled) ||
-        code > static_cast<std::uint32_t>(AbortCode::local_error)) {
+        code > static_cast<std::uint32_t>(AbortCode::grant)) {
         throw Violation("an ABORT's code is unknown");
     }
     body.code = static_cast<AbortCode>(code);

@@ -50,14 +50,22 @@ enum class FrameType : std::uint8_t {
     located = 14,
     again = 15,
     copied = 16,
+    read = 17,
+    write = 18,
+    hold = 19,
+    held = 20,
 };
 
 // What both sides have offered in the handshake, a bit each: frames and flags that version 1 has grown.
-inline constexpr std::uint64_t kCanCopy = 1;  // WANT's flag 1, LOCATED, AGAIN, COPIED, RELEASED
+inline constexpr std::uint64_t kCanCopy = 1;   // WANT's flag 1, LOCATED, AGAIN, COPIED, RELEASED
+inline constexpr std::uint64_t kCanGrant = 2;  // READ, WRITE, HOLD, HELD, WANT's flag 2, ABORT's code 8
 
 // Flags, by frame type; every bit that isn't named for the type is zero.
-inline constexpr std::uint8_t kPoolClosed = 1;  // POOL: forget this pool
-inline constexpr std::uint8_t kWantPulls = 1;   // WANT: the destination can copy by itself what is LOCATED
+inline constexpr std::uint8_t kPoolClosed = 1;   // POOL: forget this pool
+inline constexpr std::uint8_t kWantPulls = 1;    // WANT: the destination can copy by itself what is LOCATED
+inline constexpr std::uint8_t kWantOfWrite = 2;  // WANT: it answers a WRITE
+inline constexpr std::uint8_t kLetGo = 1;        // HOLD: the lease is given back
+inline constexpr std::uint8_t kHeldNot = 1;      // HELD: no, or no more
 inline constexpr std::uint8_t kFromSource =
     1;                                        // ABORT, ABORTED: said by the source (else by the destination)
 inline constexpr std::uint8_t kOfferId = 2;   // ABORT, ABORTED: the id is an offer's, not a want's
@@ -73,6 +81,7 @@ enum class AbortCode : std::uint32_t {
     gate_failed = 5,
     refused = 6,
     local_error = 7,
+    grant = 8,  // unknown, foreign, ended, out of range: one answer for all
 };
 
 enum class CloseCode : std::uint32_t { closed = 1, protocol = 2, limit = 3 };
@@ -130,6 +139,34 @@ struct WantBody {
     Terms terms;
     std::vector<Range> ranges;
 };
+/// 128 random bits that name a grant.
+using Token = std::array<std::byte, 16>;
+
+/// A grant, and what of it: by a READ the source's part, by a WRITE the destination's.
+struct GrantUse {
+    Token token{};
+    std::uint32_t wait_ms = 0;  // for the grant to come
+    bool every_head = true;
+    std::uint32_t head_begin = 0, head_count = 0;
+    /// Positions in the grant's ids, for each group of the terms; null: all of them.
+    std::optional<std::vector<std::vector<std::uint32_t>>> subset;
+
+    std::size_t positions() const noexcept;
+};
+struct ReadBody {
+    GrantUse use;
+    Terms terms;
+    std::vector<Range> ranges;
+};
+struct WriteBody {
+    GrantUse use;
+    std::string meta;
+    Terms terms;
+};
+struct HoldBody {
+    Token token{};
+    std::uint32_t wait_ms = 0;
+};
 struct AbortBody {
     AbortCode code{};
     std::string reason;
@@ -147,6 +184,12 @@ AbortBody decode_abort(std::span<const std::byte> raw);
 PoolTerms decode_pool(std::span<const std::byte> raw);
 std::vector<std::uint32_t> decode_released(std::span<const std::byte> raw);
 Bytes encode_ranges(const std::vector<Range>& ranges);
+Bytes encode_read(const ReadBody& body);
+Bytes encode_write(const WriteBody& body);
+Bytes encode_hold(const HoldBody& body);
+ReadBody decode_read(std::span<const std::byte> raw);
+WriteBody decode_write(std::span<const std::byte> raw);
+HoldBody decode_hold(std::span<const std::byte> raw);
 /// Of AGAIN: ascending, none empty, none touching another.
 std::vector<Range> decode_ranges(std::span<const std::byte> raw);
 

@@ -33,7 +33,7 @@ bool small_runs(const Transfer& transfer, std::uint64_t begin, std::uint64_t end
 
 void LaneWriter::start(ChunkJob job) {
     job_ = std::move(job);
-    abandoned_ = false;
+    abandoned_ = stale_ = false;
     header_ = encode_header(job_->header);
     out_ = digested_ = 0;
     digest_ = digest_seed(job_->header);
@@ -46,7 +46,7 @@ void LaneWriter::abandon() {
     abandoned_ = true;
     const bool begun = out_ > 0;
     // Once the trailer is on its way it says OK, and what it speaks for has left.
-    const bool whole = out_ > kHeaderNbytes + body_nbytes();
+    const bool whole = out_ > kHeaderNbytes + body_nbytes() && !stale_;
     host_.chunk_left(*job_, whole, begun);
     if (!begun) {
         job_.reset();
@@ -71,10 +71,14 @@ std::size_t LaneWriter::gather(iovec* out, std::size_t most, std::size_t most_nb
         planned += out[i].iov_len;
     }
     const std::uint64_t trailer_at = kHeaderNbytes + body_nbytes();
-    if (planned >= trailer_at) {
+    // What is read by a grant is looked at once more when all of it has been read, which only a system call
+    // of its own can tell.
+    const bool may_end = out_ >= trailer_at || abandoned_ || job_->transfer->ended == nullptr;
+    if (planned >= trailer_at && may_end) {
         const std::size_t skip = static_cast<std::size_t>(planned - trailer_at);
         if (skip == 0) {
-            const auto status = abandoned_ ? ChunkStatus::aborted : ChunkStatus::ok;
+            stale_ = !abandoned_ && !job_->transfer->still_granted();
+            const auto status = abandoned_ || stale_ ? ChunkStatus::aborted : ChunkStatus::ok;
             trailer_ = encode_trailer({status, digest_kind_, digest_kind_ == DigestKind::none ? 0 : digest_});
         }
         out[count++] = {trailer_.data() + skip, kTrailerNbytes - skip};
@@ -139,7 +143,7 @@ bool LaneWriter::wrote(std::size_t n) {
         return false;
     }
     if (!abandoned_) {
-        host_.chunk_left(*job_, true, true);
+        host_.chunk_left(*job_, !stale_, true);
     }
     job_.reset();
     return true;

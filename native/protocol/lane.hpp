@@ -64,6 +64,7 @@ class LaneWriter {
     DigestKind digest_kind_;
     std::optional<ChunkJob> job_;
     bool abandoned_ = false;
+    bool stale_ = false;  // its grant had ended when the last byte was read
     std::array<std::byte, kHeaderNbytes> header_{};
     std::array<std::byte, kTrailerNbytes> trailer_{};
     std::uint64_t out_ = 0;       // bytes of header, body and trailer that have been written

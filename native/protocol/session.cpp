@@ -34,11 +34,19 @@ AbortCode code_for(const Transfer& transfer) noexcept {
         case Cause::timeout_total: return AbortCode::timeout;
         case Cause::layout_mismatch: return AbortCode::layout_mismatch;
         case Cause::integrity: return AbortCode::integrity;
+        case Cause::grant_denied:
+        case Cause::grant_stale: return AbortCode::grant;
         case Cause::cancelled:
             return transfer.gate != nullptr && transfer.gate->failed() ? AbortCode::gate_failed
                                                                        : AbortCode::cancelled;
         default: return AbortCode::local_error;
     }
+}
+
+// Receives that meet OFFERs are looked for by key; a read never is: its name here is no key of a user's.
+std::string tombstone_key(const Transfer& transfer) {
+    return transfer.two_sided() ? transfer.key
+                                : std::string(kMaxKeyNbytes + 1, '\0') + std::to_string(transfer.id);
 }
 
 }  // namespace
@@ -136,6 +144,10 @@ void Session::open(SessionConfig config, Time now) {
     opened_ = true;
     pulls_ = config.pulls;
     for (const TransferPtr& transfer : waiting_posts()) {  // the peer's limits are known only now
+        if (!transfer->two_sided() && (config_.capabilities & kCanGrant) == 0) {
+            stop(transfer, {Cause::grant_denied, Delivered::no, {}, {}}, now);
+            continue;
+        }
         try {
             take_regions(*transfer);
         } catch (const Excess& excess) {
@@ -170,27 +182,39 @@ void Session::withdraw(const TransferPtr& transfer) {
 // Takes the key and what the pool needs, or throws and leaves everything as it was.
 void Session::admit(const TransferPtr& transfer, const char* key_in_use) {
     auto& keys = transfer->role == Role::source ? source_keys_ : destination_keys_;
-    if (keys.contains(transfer->key)) {
+    if (!transfer->two_sided() && opened_ && (config_.capabilities & kCanGrant) == 0) {
+        throw LocalViolation("the peer's version knows no grants: upgrade it, or send and receive by key");
+    }
+    if (transfer->two_sided() && keys.contains(transfer->key)) {
         throw LocalViolation("key '" + transfer->key + key_in_use);
     }
     const bool asks = transfer->role == Role::destination && !transfer->moves_nothing();
-    transfer->charge = charge_of(transfer->key.size() + transfer->meta.size(), transfer->terms, asks ? 1 : 0);
+    const std::size_t name = transfer->use ? charge_of_use(*transfer->use) : transfer->key.size();
+    transfer->charge = charge_of(name + transfer->meta.size(), transfer->terms, asks ? 1 : 0);
     if (opened_ && !lost_) {
         take_regions(*transfer);
     }
-    keys.emplace(transfer->key, transfer);
+    if (transfer->two_sided()) {
+        keys.emplace(transfer->key, transfer);
+    } else {
+        one_sided_.insert(transfer);
+    }
 }
 
 // Gives a post its place and, if its partner waits here, its match.
 void Session::enter(const TransferPtr& transfer, Time now) {
-    refusals_.erase(transfer->key);  // who refuses and then posts means the post
+    if (transfer->two_sided()) {
+        refusals_.erase(transfer->key);  // who refuses and then posts means the post
+    }
     if (lost_) {
         transfer->outcome = {lost_cause_, Delivered::no, lost_reason_, {}};
         apply(transfer, Event::lost, now);
         return;
     }
     watch(*transfer);
-    if (transfer->role == Role::source) {
+    if (!transfer->two_sided()) {
+        // Its partner is in the peer's hands.
+    } else if (transfer->role == Role::source) {
         if (auto want = take_want(transfer->key)) {
             match_source(transfer, std::move(*want), now);
             return;
@@ -203,15 +227,19 @@ void Session::enter(const TransferPtr& transfer, Time now) {
     tell_or_queue(transfer);
 }
 
-std::vector<TransferPtr> Session::waiting_posts() const {
-    std::vector<TransferPtr> posts;
+std::vector<TransferPtr> Session::all_unfinished() const {
+    std::vector<TransferPtr> all(one_sided_.begin(), one_sided_.end());
     for (const auto* keys : {&source_keys_, &destination_keys_}) {
         for (const auto& [key, transfer] : *keys) {
-            if (transfer->state == State::posted) {
-                posts.push_back(transfer);
-            }
+            all.push_back(transfer);
         }
     }
+    return all;
+}
+
+std::vector<TransferPtr> Session::waiting_posts() const {
+    std::vector<TransferPtr> posts = all_unfinished();
+    std::erase_if(posts, [](const TransferPtr& transfer) { return transfer->state != State::posted; });
     std::sort(posts.begin(), posts.end(),
               [](const auto& a, const auto& b) { return a->posted_at < b->posted_at; });
     return posts;
@@ -271,7 +299,11 @@ void Session::tell_or_queue(const TransferPtr& transfer) {
 void Session::tell(const TransferPtr& transfer) {
     const std::size_t before = outbox_.size();
     announce(transfer->terms.pool, *transfer->pool);
-    transfer->role == Role::source ? send_offer(transfer) : send_want(transfer);
+    if (transfer->role == Role::source) {
+        transfer->use ? send_write(transfer) : send_offer(transfer);
+    } else {
+        transfer->use ? send_read(transfer) : send_want(transfer);
+    }
     transfer->told = true;
     own_nbytes_ += outbox_.size() - before;
 }
@@ -302,7 +334,8 @@ void Session::send_want(const TransferPtr& transfer) {
     header.total = transfer->nbytes;
     header.arg = transfer->partner;
     transfer->pulls = pulls_;
-    header.flags = pulls_ ? kWantPulls : 0;
+    header.flags = static_cast<std::uint8_t>((pulls_ ? kWantPulls : 0) |
+                                             (transfer->two_sided() ? 0 : kWantOfWrite));
     send(header, body);
 }
 
@@ -340,6 +373,7 @@ void Session::pump(Time now) {
         count_outstanding(*next, true);
         tell(next);
     }
+    pump_holds();
     pump_messages();
 }
 
@@ -392,6 +426,9 @@ void Session::apply(const TransferPtr& transfer, Event event, Time now) {
             transfer->first_byte_at = now;
         }
         count_outstanding(*transfer, false);
+        if (transfer->use != nullptr) {
+            admitted_to(transfer->use->token);
+        }
     }
     act(transfer, row.action, now);
 }
@@ -503,7 +540,7 @@ void Session::finish(const TransferPtr& transfer, Time now) {
     finished_.push_back(transfer);
     forget(transfer);
     if (transfer->state == State::draining && transfer->told) {
-        tombstones_.emplace(transfer->key, transfer);
+        tombstones_.emplace(tombstone_key(*transfer), transfer);
     }
 }
 
@@ -515,6 +552,7 @@ void Session::forget(const TransferPtr& transfer) {
     if (const auto mine = keys.find(transfer->key); mine != keys.end() && mine->second == transfer) {
         keys.erase(mine);
     }
+    one_sided_.erase(transfer);
     if (transfer->role == Role::source) {
         offers_.erase(transfer->id);
         matched_.erase(transfer->want);
@@ -526,7 +564,7 @@ void Session::forget(const TransferPtr& transfer) {
     }
     wants_.erase(transfer->id);
     partners_.erase(transfer->partner);
-    const auto [begin, end] = tombstones_.equal_range(transfer->key);
+    const auto [begin, end] = tombstones_.equal_range(tombstone_key(*transfer));
     const auto stone = std::find_if(begin, end, [&](const auto& item) { return item.second == transfer; });
     if (stone != end) {
         tombstones_.erase(stone);

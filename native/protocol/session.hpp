@@ -27,6 +27,7 @@
 #include <iterator>
 #include <map>
 #include <optional>
+#include <set>
 #include <string>
 #include <unordered_map>
 #include <unordered_set>
@@ -70,6 +71,43 @@ class Message {
 };
 using MessagePtr = std::shared_ptr<Message>;
 
+/// What a session asks of the grants of its own side; under its lock.
+class GrantHost {
+  public:
+    virtual ~GrantHost() = default;
+    enum class Answer {
+        served,    // the transfer is in the answer, and the peer's from here on
+        not_here,  // unknown, ended, another's, out of its bounds; it may come
+        mismatch,  // granted, and its layout isn't the peer's
+        busy,      // granted, and others write there
+    };
+    struct Service {
+        Answer answer = Answer::not_here;
+        TransferPtr transfer;
+        Mismatch mismatch;
+    };
+    virtual Service serve_read(const ReadBody& read, const PoolTerms& theirs) = 0;
+    virtual Service serve_write(const WriteBody& write, const PoolTerms& theirs) = 0;
+    /// True: it is held for the peer, until release() or the end of the session.
+    virtual bool hold(const Token& token) = 0;
+    virtual void release(const Token& token) = 0;
+    /// Somebody waits for this grant: grant_came() when it is there.
+    virtual void await(const Token& token) = 0;
+};
+
+/// A lease on a grant of the peer's, and its handle's record. The engine derives from it.
+class Hold {
+  public:
+    virtual ~Hold() = default;
+    enum class State { asked, held, over };
+    Token token{};
+    std::uint32_t wait_ms = 0;
+    std::uint64_t number = 0;
+    State state = State::asked;
+    Outcome outcome;
+};
+using HoldPtr = std::shared_ptr<Hold>;
+
 struct SessionConfig {
     std::uint64_t capabilities = 0;  // that both sides have: kCan...
     bool pulls = false;              // this side can copy from the peer's memory, from the beginning
@@ -110,6 +148,7 @@ class Session {
     void open(SessionConfig config, Time now);
     /// Before open(): gives up what was posted, for another session with the same peer to take over.
     std::vector<TransferPtr> give_up_posts();
+    std::deque<HoldPtr> give_up_holds() { return std::exchange(untold_holds_, {}); }
     std::deque<MessagePtr> give_up_messages() { return std::exchange(messages_, {}); }
     /// A post that another session gave up; it keeps its clock. Throws as post() does.
     void take_over(TransferPtr transfer, Time now);
@@ -119,6 +158,15 @@ class Session {
     void post(TransferPtr transfer, std::uint64_t pool_id, Time now);
     void stop(const TransferPtr& transfer, Outcome why, Time now);
     void refuse(const std::string& key, const std::string& reason, Time until, Time now);
+    /// For who waits by this token, or will.
+    void refuse(const Token& token, const std::string& reason, Time until, Time now);
+    void post_hold(HoldPtr hold, Time now);
+    void let_go(const HoldPtr& hold);
+    /// Whose grants the peer may use; none before.
+    void set_grants(GrantHost* grants) noexcept { grants_ = grants; }
+    void grant_came(const Token& token, Time now);
+    /// The grant that this hold of the peer's is on has ended.
+    void hold_ended(const Token& token);
     void post_message(MessagePtr message, Time now);
     void forget_pool(std::uint64_t pool_id);
     void messages_taken(std::uint64_t nbytes);
@@ -165,11 +213,12 @@ class Session {
     std::vector<TransferPtr> take_quiescing() { return std::exchange(quiescing_, {}); }
     std::vector<TransferPtr> take_finished() { return std::exchange(finished_, {}); }
     std::vector<MessagePtr> take_finished_messages() { return std::exchange(finished_messages_, {}); }
+    std::vector<HoldPtr> take_finished_holds() { return std::exchange(finished_holds_, {}); }
     std::vector<Bytes> take_messages() { return std::exchange(inbox_, {}); }
     bool has_messages() const noexcept { return !inbox_.empty(); }
     bool has_output() const noexcept {
         return !outbox_.empty() || !quiescing_.empty() || !finished_.empty() || !finished_messages_.empty() ||
-               !inbox_.empty();
+               !finished_holds_.empty() || !inbox_.empty();
     }
     std::optional<CloseCode> peer_closed() const noexcept { return peer_closed_; }
 
@@ -182,12 +231,15 @@ class Session {
     };
     const Counters& counters() const noexcept { return counters_; }
     Counters& counters() noexcept { return counters_; }
-    std::size_t unfinished() const noexcept { return source_keys_.size() + destination_keys_.size(); }
+    std::size_t unfinished() const noexcept {
+        return source_keys_.size() + destination_keys_.size() + one_sided_.size();
+    }
     std::size_t tombstones() const noexcept { return tombstones_.size(); }
     /// What is kept on the peer's behalf without a transfer of ours: unmatched WANTs and OFFERs, verdicts
     /// still to come.
     std::size_t kept_for_peer() const noexcept {
-        return unmatched_wants_.size() + unmatched_offers_.size() + late_.size();
+        return unmatched_wants_.size() + unmatched_offers_.size() + late_.size() + waiting_reads_.size() +
+               waiting_writes_.size() + waiting_holds_.size();
     }
     std::size_t outstanding() const noexcept { return outstanding_; }
 
@@ -205,6 +257,20 @@ class Session {
         PoolTerms terms;
         std::size_t charge = 0;
     };
+    template <class Body>
+    struct Waiting {  // for a grant of ours
+        std::uint64_t id = 0, total = 0;
+        std::size_t charge = 0;
+        bool pulls = false;
+        Time until = 0;
+        Body body;
+    };
+    using WaitingRead = Waiting<ReadBody>;
+    using WaitingWrite = Waiting<WriteBody>;
+    struct WaitingHold {
+        Token token{};
+        Time until = 0;
+    };
     struct OwnPool {
         std::size_t regions = 0, charge = 0;
     };
@@ -218,6 +284,7 @@ class Session {
     void withdraw(const TransferPtr& transfer);
     void take_regions(const Transfer& transfer);
     void enter(const TransferPtr& transfer, Time now);
+    std::vector<TransferPtr> all_unfinished() const;
     std::vector<TransferPtr> waiting_posts() const;
     bool room_to_end_receives() const noexcept;
     bool room_to_tell(const Transfer& transfer) const noexcept;
@@ -226,6 +293,8 @@ class Session {
     void tell(const TransferPtr& transfer);
     void send_offer(const TransferPtr& transfer);
     void send_want(const TransferPtr& transfer);
+    void send_read(const TransferPtr& transfer);
+    void send_write(const TransferPtr& transfer);
     void tell_or_queue(const TransferPtr& transfer);
     void count_outstanding(Transfer& transfer, bool counts) noexcept;
     void pump_messages();
@@ -294,6 +363,7 @@ class Session {
     void on_aborted_for_destination(const Header& header, Time now);
     void on_withdrawn(std::uint64_t offer);
     void end_by_peer(const TransferPtr& transfer, const AbortBody& body, Time now);
+    Outcome outcome_by(const AbortBody& body, const Transfer& transfer) const;
     void on_gated(const Header& header, Time now);
     void on_released(const Header& header, std::span<const std::byte> body, Time now);
     void seal_if_whole(const TransferPtr& transfer, Time now);
@@ -309,6 +379,27 @@ class Session {
     void ask_again(const TransferPtr& transfer, Time now);
     TransferPtr source_of(std::uint64_t want) const;
 
+    // session_grants.cpp: one-sided
+    void on_read(const Header& header, std::span<const std::byte> body, Time now);
+    void on_write(const Header& header, std::span<const std::byte> body, Time now);
+    void on_hold(const Header& header, std::span<const std::byte> body, Time now);
+    void on_held(const Header& header);
+    void on_want_of_write(const Header& header, WantBody body, Time now);
+    bool serve(const WaitingRead& read, Time now);
+    bool serve(const WaitingWrite& write, Time now);
+    void begin_serving(const TransferPtr& transfer, Time now);
+    template <class Body>
+    void wait_or_deny(std::map<std::uint64_t, Waiting<Body>>& waiting, Waiting<Body> use, Time now);
+    template <class Body>
+    bool stop_waiting(std::map<std::uint64_t, Waiting<Body>>& waiting, std::uint64_t id);
+    void deny(const WaitingRead& read, AbortCode code, const std::string& reason);
+    void deny(const WaitingWrite& write, AbortCode code, const std::string& reason);
+    void stop_waiting_for_grants(Time now);
+    void admitted_to(const Token& token);
+    std::optional<std::string> take_refusal(const Token& token, Time now);
+    void pump_holds();
+    void finish_hold(const HoldPtr& hold, Outcome outcome);
+
     SessionConfig config_;
     bool opened_ = false;
     bool pulls_ = false;
@@ -322,6 +413,7 @@ class Session {
 
     std::uint64_t next_offer_ = 1, next_want_ = 1, next_message_ = 1;
     std::unordered_map<std::string, TransferPtr> source_keys_, destination_keys_;  // unfinished, by key
+    std::unordered_set<TransferPtr> one_sided_;               // unfinished, by a grant of either side
     std::unordered_map<std::uint64_t, TransferPtr> offers_;   // sources by our id, once told
     std::unordered_map<std::uint64_t, TransferPtr> matched_;  // sources by the peer's want id
     std::unordered_map<std::uint64_t, TransferPtr>
@@ -333,6 +425,17 @@ class Session {
     std::unordered_map<std::string, UnmatchedOffer> unmatched_offers_;
     std::unordered_map<std::uint64_t, std::string> unmatched_offer_keys_;
     std::unordered_map<std::string, Refusal> refusals_;
+    std::map<Token, Refusal> token_refusals_;
+    GrantHost* grants_ = nullptr;
+    std::map<std::uint64_t, WaitingRead> waiting_reads_;    // by want
+    std::map<std::uint64_t, WaitingWrite> waiting_writes_;  // by offer
+    std::map<std::uint64_t, WaitingHold> waiting_holds_;    // the peer's, by its number
+    std::map<std::uint64_t, Token> held_;                   // likewise
+    std::map<std::uint64_t, HoldPtr> holds_;                // ours, once told
+    std::deque<HoldPtr> untold_holds_;
+    std::uint64_t next_hold_ = 1, last_hold_seen_ = 0;
+    std::set<Token> admitted_;  // grants of the peer's that we were let in to
+    std::deque<Token> admitted_in_order_;
     std::unordered_set<std::uint64_t> late_;  // the peer's wants that we left; a word on each is to come
     std::uint64_t last_want_seen_ = 0, last_offer_seen_ = 0;
     std::size_t peer_charge_ = 0, answered_nbytes_ = 0;
@@ -361,6 +464,7 @@ class Session {
     Bytes outbox_;
     std::vector<TransferPtr> quiescing_, finished_;
     std::vector<MessagePtr> finished_messages_;
+    std::vector<HoldPtr> finished_holds_;
 };
 
 }  // namespace kvt::protocol

@@ -122,13 +122,10 @@ void Session::set_pulls(bool pulls, Time now) {
     if (pulls_) {
         return;
     }
-    std::vector<TransferPtr> copied;
-    for (const auto& [key, transfer] : destination_keys_) {
-        if (transfer->located) {
-            copied.push_back(transfer);
+    for (const TransferPtr& transfer : all_unfinished()) {
+        if (transfer->role != Role::destination || !transfer->located || !transfer->undecided()) {
+            continue;
         }
-    }
-    for (const TransferPtr& transfer : copied) {
         transfer->again_due = true;
         transfer->pending.clear();
         seal_if_whole(transfer, now);

@@ -231,13 +231,22 @@ void Session::check_drained(const TransferPtr& transfer, Time now) {
     }
 }
 
+// What a peer's ABORT is to our user.
+Outcome Session::outcome_by(const AbortBody& body, const Transfer& transfer) const {
+    const Mismatch ours{body.mismatch.path, body.mismatch.theirs, body.mismatch.ours};
+    Cause cause = Cause::peer_aborted;
+    if (body.code == AbortCode::layout_mismatch) {
+        cause = Cause::layout_mismatch;
+    } else if (body.code == AbortCode::grant && transfer.use != nullptr) {
+        cause = admitted_.contains(transfer.use->token) ? Cause::grant_stale : Cause::grant_denied;
+    }
+    return {cause, Delivered::no, body.reason, ours};
+}
+
 void Session::end_by_peer(const TransferPtr& transfer, const AbortBody& body, Time now) {
     if (transfer->undecided()) {
         transfer->peer_ended = true;
-        const bool mismatch = body.code == AbortCode::layout_mismatch;
-        const Mismatch ours{body.mismatch.path, body.mismatch.theirs, body.mismatch.ours};
-        transfer->outcome = {mismatch ? Cause::layout_mismatch : Cause::peer_aborted, Delivered::no,
-                             body.reason, ours};
+        transfer->outcome = outcome_by(body, *transfer);
     }
     apply(transfer, Event::peer_ended, now);
     check_drained(transfer, now);
@@ -272,9 +281,12 @@ void Session::on_withdrawn(std::uint64_t offer) {
         take_offer(std::string(waiting->second));
         return;
     }
+    if (stop_waiting(waiting_writes_, offer)) {
+        return;
+    }
     const auto met = partners_.find(offer);
-    if (met == partners_.end()) {
-        return;  // refused, or over: the word on that is on its way
+    if (met == partners_.end() || !met->second->two_sided()) {
+        return;  // refused, or over, or its WANT is answered: the word on that is on its way
     }
     const TransferPtr transfer = met->second;
     partners_.erase(met);

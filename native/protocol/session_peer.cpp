@@ -40,6 +40,10 @@ void Session::receive(const Header& header, std::span<const std::byte> body, Tim
         case FrameType::located: on_located(header, body, now); break;
         case FrameType::again: on_again(header, body, now); break;
         case FrameType::copied: on_copied(header, now); break;
+        case FrameType::read: on_read(header, body, now); break;
+        case FrameType::write: on_write(header, body, now); break;
+        case FrameType::hold: on_hold(header, body, now); break;
+        case FrameType::held: on_held(header); break;
         case FrameType::close:
             if (header.arg < 1 || header.arg > 3) {
                 throw Violation("a CLOSE's code is unknown");
@@ -140,7 +144,8 @@ void Session::charge_peer(std::size_t nbytes) {
 // A WANT that answers an OFFER of ours is beyond the peer's own limit: it couldn't know that the OFFER is
 // withdrawn.
 void Session::keep(UnmatchedWant want, bool answers_offer) {
-    if (unmatched_wants_.size() >= (answers_offer ? 2 : 1) * std::size_t{config_.unmatched}) {
+    if (unmatched_wants_.size() + waiting_reads_.size() >=
+        (answers_offer ? 2 : 1) * std::size_t{config_.unmatched}) {
         throw Excess("the peer has more than " + std::to_string(config_.unmatched) + " unmatched WANTs");
     }
     want.charge = charge_of(want.body.key.size() + want.body.meta.size(), want.body.terms,
@@ -155,7 +160,7 @@ void Session::keep(UnmatchedWant want, bool answers_offer) {
 }
 
 void Session::keep(UnmatchedOffer offer) {
-    if (unmatched_offers_.size() >= config_.unmatched) {
+    if (unmatched_offers_.size() + waiting_writes_.size() >= config_.unmatched) {
         throw Excess("the peer has more than " + std::to_string(config_.unmatched) + " unmatched OFFERs");
     }
     offer.charge = charge_of(offer.body.key.size() + offer.body.meta.size(), offer.body.terms, 0);

@@ -25,6 +25,10 @@ void Session::on_want(const Header& header, std::span<const std::byte> raw, Time
     if (header.arg >= next_offer_) {
         throw Violation("a WANT answers an OFFER that wasn't made");
     }
+    if ((header.flags & kWantOfWrite) != 0) {
+        on_want_of_write(header, std::move(body), now);
+        return;
+    }
     const auto known = source_keys_.find(body.key);
     const TransferPtr mine = known == source_keys_.end() ? nullptr : known->second;
     if (mine != nullptr && mine->state == State::posted) {
@@ -181,8 +185,9 @@ void Session::set_gate(const TransferPtr& transfer, bool shut, Time now) {
 
 void Session::fail_gates(Time now) {
     std::vector<TransferPtr> failed;
-    for (const auto& [key, transfer] : source_keys_) {
-        if (transfer->gate != nullptr && transfer->gate->failed() && !transfer->all_released) {
+    for (const TransferPtr& transfer : all_unfinished()) {
+        if (transfer->role == Role::source && transfer->gate != nullptr && transfer->gate->failed() &&
+            !transfer->all_released) {
             failed.push_back(transfer);
         }
     }
@@ -354,6 +359,8 @@ TransferPtr Session::find_source(const Header& header) {
         waiting != unmatched_want_keys_.end()) {
         take_want(std::string(waiting->second));
         send(FrameType::aborted, kFromSource, header.transfer, 0, 0);
+    } else if (stop_waiting(waiting_reads_, header.transfer)) {
+        send(FrameType::aborted, kFromSource, header.transfer, 0, 0);
     } else if (late_.erase(header.transfer) == 0) {  // else our own ABORT has crossed it
         throw Violation("an ABORT for a transfer that isn't there");
     }
@@ -367,10 +374,7 @@ void Session::on_abort_for_source(const Header& header, const AbortBody& body, T
     }
     transfer->peer_ended = true;
     if (transfer->undecided()) {
-        const bool mismatch = body.code == AbortCode::layout_mismatch;
-        const Mismatch ours{body.mismatch.path, body.mismatch.theirs, body.mismatch.ours};
-        transfer->outcome = {mismatch ? Cause::layout_mismatch : Cause::peer_aborted, Delivered::no,
-                             body.reason, ours};
+        transfer->outcome = outcome_by(body, *transfer);
     }
     if (transfer->outcome.cause == Cause::ok) {
         throw Violation("an ABORT after a DONE");

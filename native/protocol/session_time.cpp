@@ -46,13 +46,7 @@ void Session::on_time(Time now) {
         return;
     }
     next_deadline_ = kNever;
-    std::vector<TransferPtr> all;
-    for (const auto* keys : {&source_keys_, &destination_keys_}) {
-        for (const auto& [key, transfer] : *keys) {
-            all.push_back(transfer);
-        }
-    }
-    for (const TransferPtr& transfer : all) {
+    for (const TransferPtr& transfer : all_unfinished()) {
         Cause cause{};
         const Time deadline = deadline_of(*transfer, cause);
         if (deadline > now) {
@@ -63,7 +57,9 @@ void Session::on_time(Time now) {
             stop(transfer, {cause, Delivered::no, {}, {}}, now);
         }
     }
+    stop_waiting_for_grants(now);
     std::erase_if(refusals_, [&](const auto& item) { return item.second.until <= now; });
+    std::erase_if(token_refusals_, [&](const auto& item) { return item.second.until <= now; });
 }
 
 // The destination's word will come, or the session will end; the user waits for neither.
@@ -74,17 +70,15 @@ void Session::leave_without_verdict(const TransferPtr& transfer, Time now) {
 }
 
 void Session::resumed(Time now) {
-    for (const auto* keys : {&source_keys_, &destination_keys_}) {
-        for (const auto& [key, transfer] : *keys) {
-            // What the peer said meanwhile is still unread. Only the limit of the whole is meant to count a
-            // pause.
-            if (transfer->state == State::verdict) {
-                transfer->verdict_until = now + kVerdictGrace;
-            }
-            transfer->moved_at = now;
-            const Time grace = std::min(transfer->limits.match, kPauseGrace);
-            transfer->waits_since = std::max(transfer->waits_since, now - transfer->limits.match + grace);
+    for (const TransferPtr& transfer : all_unfinished()) {
+        // What the peer said meanwhile is still unread. Only the limit of the whole is meant to count a
+        // pause.
+        if (transfer->state == State::verdict) {
+            transfer->verdict_until = now + kVerdictGrace;
         }
+        transfer->moved_at = now;
+        const Time grace = std::min(transfer->limits.match, kPauseGrace);
+        transfer->waits_since = std::max(transfer->waits_since, now - transfer->limits.match + grace);
     }
 }
 
@@ -113,12 +107,7 @@ void Session::lost(Cause cause, const std::string& reason, Time now) {
     lost_cause_ = cause;
     lost_reason_ = reason;
     next_deadline_ = kNever;
-    std::vector<TransferPtr> all;
-    for (const auto* keys : {&source_keys_, &destination_keys_}) {
-        for (const auto& [key, transfer] : *keys) {
-            all.push_back(transfer);
-        }
-    }
+    std::vector<TransferPtr> all = all_unfinished();
     for (const auto& [key, transfer] : tombstones_) {
         all.push_back(transfer);
     }
@@ -138,6 +127,12 @@ void Session::lost(Cause cause, const std::string& reason, Time now) {
         }
         queue->clear();
     }
+    for (const auto& [number, hold] : std::exchange(holds_, {})) {
+        finish_hold(hold, {cause, Delivered::no, reason, {}});
+    }
+    for (const HoldPtr& hold : std::exchange(untold_holds_, {})) {
+        finish_hold(hold, {cause, Delivered::no, reason, {}});
+    }
     drop_everything_kept();
 }
 
@@ -155,6 +150,11 @@ void Session::drop_everything_kept() {
     unmatched_offer_keys_.clear();
     late_.clear();
     refusals_.clear();
+    token_refusals_.clear();
+    waiting_reads_.clear();
+    waiting_writes_.clear();
+    waiting_holds_.clear();
+    held_.clear();
     peer_pools_.clear();
     peer_charge_ = peer_regions_ = 0;
 }

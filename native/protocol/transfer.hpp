@@ -110,6 +110,8 @@ enum class Cause : std::uint8_t {
     connection_closed,  // ConnectionClosed
     protocol_error,     // RemoteProtocolError
     resource_limit,     // ResourceLimit
+    grant_denied,       // PermissionDenied
+    grant_stale,        // StaleGrant
 };
 
 enum class Delivered : std::uint8_t { no, unknown, yes };
@@ -157,6 +159,10 @@ class Transfer {
     std::vector<LayerSpan> spans;
     std::shared_ptr<const Gate> gate;
     Limits limits;
+    std::shared_ptr<const GrantUse> use;  // one-sided: the peer's grant that it goes by
+    /// Served by a grant of ours: turns true before the owner may rewrite what is read, or read what is
+    /// written. Nothing that was read before this was looked at may be sealed.
+    std::shared_ptr<const std::atomic<bool>> ended;
 
     // Where it stands.
     State state = State::posted;
@@ -203,6 +209,16 @@ class Transfer {
     bool peer_ended = false;  // the peer's ABORT or ABORTED was read
     bool finished = false;    // the user has its outcome
 
+    /// By a key both sides post; else by a grant of one of them.
+    bool two_sided() const noexcept { return use == nullptr && ended == nullptr; }
+    /// After the last byte of a chunk was read from a source: may it be sealed?
+    bool still_granted() const noexcept {
+        if (ended == nullptr) {
+            return true;
+        }
+        std::atomic_thread_fence(std::memory_order_seq_cst);
+        return !ended->load(std::memory_order_acquire);
+    }
     bool moves_nothing() const noexcept { return nbytes == 0; }
     /// Source: every byte that was asked for is with the movers or beyond.
     bool all_taken() const noexcept { return taken_nbytes == asked_nbytes; }

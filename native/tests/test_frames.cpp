@@ -12,7 +12,7 @@ using namespace kvt::protocol;
 
 namespace {
 
-constexpr int kTypes = static_cast<int>(FrameType::copied);
+constexpr int kTypes = static_cast<int>(FrameType::held);
 
 using Raw = std::array<std::byte, kHeaderNbytes>;
 

@@ -90,21 +90,6 @@ TEST_CASE("layers pair by name where both sides have names, else by position") {
     }
 }
 
-TEST_CASE("a copier that comes before the source has put its layers in order waits") {
-    SessionConfig config;
-    config.capabilities = kCanCopy;
-    config.pulls = true;
-    Pair pair(config);
-    auto source = pair.a.post(pair.a.make(Role::source, "k", kFour, {1, 0}, 1, 50));
-    auto destination = pair.b.post(pair.b.make(Role::destination, "k", kFour, {0, 1}, 1, 50));
-    fill(*source, 9);
-    pair.deliver(pair.a);
-    CHECK_FALSE(pair.copy_one(pair.b));
-    pair.run();
-    CHECK(destination->outcome.cause == Cause::ok);
-    CHECK(destination->memory == source->memory);
-}
-
 TEST_CASE("empty transfers, with and without meta, either side first") {
     for (const bool memory : {false, true}) {
         for (const bool source_first : {true, false}) {

@@ -1,0 +1,282 @@
+// One-sided operations of a connection: leases, and serving the peer by grants of ours.
+//
+// What is served is planned here: the peer names positions and layers, this side's memory is found by the
+// grant. Called under the session's lock where GrantHost says so.
+#include <algorithm>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "base/clock.hpp"
+#include "engine/connection.hpp"
+#include "engine/engine.hpp"
+
+namespace kvt::engine {
+
+using protocol::GrantMode;
+using protocol::GrantUse;
+using protocol::Mismatch;
+using protocol::PoolTerms;
+using protocol::Role;
+using protocol::Terms;
+using protocol::Token;
+
+namespace {
+
+// The peer asked for what the grant hasn't: it is told what a stranger is told.
+struct NotGranted {};
+
+/// Which of our layers the peer's stand for, in their order: by name where both pools have names, else by
+/// place. Nothing, with what is missing, where there is none.
+std::optional<std::vector<std::uint32_t>> layers_for(const Terms& terms, const PoolTerms& theirs,
+                                                     const PoolTerms& ours, Mismatch& mismatch) {
+    std::vector<std::uint32_t> layers;
+    for (const auto& layer : terms.layers) {
+        std::size_t place = layer.index;
+        const std::string& name = theirs.layers[layer.index].name;
+        if (theirs.named && ours.named) {
+            place = static_cast<std::size_t>(
+                std::find_if(ours.layers.begin(), ours.layers.end(),
+                             [&](const auto& mine) { return mine.name == name; }) -
+                ours.layers.begin());
+        }
+        if (place >= ours.layers.size()) {
+            mismatch = {"layers", std::to_string(ours.layers.size()) + " layers", "'" + name + "'"};
+            return std::nullopt;
+        }
+        layers.push_back(static_cast<std::uint32_t>(place));
+    }
+    return layers;
+}
+
+/// Our block ids by group, for the positions that the peer names of its own groups.
+std::vector<std::shared_ptr<const memory::Ids>> ids_for(const GrantHandle& grant, const GrantUse& use,
+                                                        const Terms& terms, const PoolTerms& theirs,
+                                                        const PoolTerms& ours,
+                                                        const std::vector<std::uint32_t>& layers) {
+    std::vector<std::shared_ptr<const memory::Ids>> ids(ours.groups.size());
+    for (std::size_t i = 0; i < layers.size(); ++i) {
+        const std::size_t mine = ours.layers[layers[i]].group;
+        const std::uint16_t group = theirs.layers[terms.layers[i].index].group;
+        const auto place = std::find_if(terms.groups.begin(), terms.groups.end(),
+                                        [&](const auto& known) { return known.index == group; });
+        const auto& granted = grant.blocks[mine];
+        if (ids[mine] != nullptr || place == terms.groups.end()) {
+            continue;
+        }
+        if (!use.subset) {
+            ids[mine] = std::make_shared<const memory::Ids>(granted);
+            continue;
+        }
+        const auto& positions = (*use.subset)[static_cast<std::size_t>(place - terms.groups.begin())];
+        auto chosen = std::make_shared<memory::Ids>();
+        chosen->reserve(positions.size());
+        for (const std::uint32_t position : positions) {
+            if (position >= granted.size()) {
+                throw NotGranted();
+            }
+            chosen->push_back(granted[position]);
+        }
+        ids[mine] = std::move(chosen);
+    }
+    return ids;
+}
+
+}  // namespace
+
+// ---- serving
+
+Connection::Service Connection::plan_service(const GrantHandlePtr& grant, const GrantUse& use,
+                                             const Terms& terms, const PoolTerms& theirs, Role role) {
+    Service service;
+    const auto& pool = grant->block_pool();
+    auto layers = layers_for(terms, theirs, pool->terms(), service.mismatch);
+    if (!layers) {
+        service.answer = Answer::mismatch;
+        return service;
+    }
+    auto ids = ids_for(*grant, use, terms, theirs, pool->terms(), *layers);
+    const memory::Heads heads{use.head_begin, use.head_count, use.every_head};
+    auto plan = std::make_shared<memory::StreamPlan>(pool->shape(), std::move(*layers), std::move(ids),
+                                                     heads);
+    auto handle = std::make_shared<TransferHandle>(shared_from_this(), pool, std::move(plan));
+    handle->role = role;
+    handle->terms.pool = pool->id();
+    handle->key.assign(reinterpret_cast<const char*>(use.token.data()), use.token.size());
+    handle->grant = grant;
+    handle->ended = grant->ended;
+    const protocol::Side mine{&pool->terms(), &handle->terms}, other{&theirs, &terms};
+    auto fits = role == Role::source ? fit(mine, other, true) : fit(other, mine, false);
+    if (fits.mismatch) {
+        service.answer = Answer::mismatch;
+        service.mismatch = std::move(*fits.mismatch);
+        return service;
+    }
+    if (!pool->use()) {
+        return service;
+    }
+    service.transfer = std::move(handle);
+    service.answer = Answer::served;
+    return service;
+}
+
+Connection::Service Connection::serve_read(const protocol::ReadBody& read, const PoolTerms& theirs) {
+    const auto grant = engine_.grants().admit(read.use.token, reader_, GrantMode::read);
+    if (!grant) {
+        return {};
+    }
+    try {
+        Service service = plan_service(grant, read.use, read.terms, theirs, Role::source);
+        if (service.answer == Answer::served &&
+            !engine_.grants().serving(grant, std::static_pointer_cast<TransferHandle>(service.transfer))) {
+            grant->block_pool()->unuse();
+            return {};
+        }
+        return service;
+    } catch (const NotGranted&) {
+    } catch (const std::logic_error&) {  // heads that there aren't, or too many pieces
+    }
+    return {};
+}
+
+Connection::Service Connection::serve_write(const protocol::WriteBody& write, const PoolTerms& theirs) {
+    const auto grant = engine_.grants().admit(write.use.token, reader_, GrantMode::write);
+    if (!grant) {
+        return {};
+    }
+    Service service;
+    try {
+        service = plan_service(grant, write.use, write.terms, theirs, Role::destination);
+    } catch (const NotGranted&) {
+    } catch (const std::logic_error&) {
+    }
+    if (service.answer != Answer::served) {
+        return service;
+    }
+    const auto transfer = std::static_pointer_cast<TransferHandle>(service.transfer);
+    try {
+        engine_.claim(*transfer);
+    } catch (const std::logic_error&) {  // among them LocalViolation: others fill some of these bytes
+        grant->block_pool()->unuse();
+        return {Answer::busy, nullptr, {}};
+    } catch (...) {
+        grant->block_pool()->unuse();
+        throw;
+    }
+    if (!engine_.grants().serving(grant, transfer)) {
+        engine_.release(*transfer);
+        grant->block_pool()->unuse();
+        return {};
+    }
+    return service;
+}
+
+bool Connection::hold(const Token& token) {
+    return engine_.grants().hold(token, shared_from_this(), reader_);
+}
+
+void Connection::release(const Token& token) { engine_.grants().release(token, reader_); }
+
+void Connection::await(const Token& token) { engine_.grants().await(token, shared_from_this()); }
+
+// ---- for Grants
+
+void Connection::grant_came(const Token& token) {
+    const Visit here(*this);
+    if (!here) {
+        return;
+    }
+    {
+        const std::lock_guard lock(mutex_);
+        session_.grant_came(token, monotonic_ns());
+    }
+    settle();
+}
+
+void Connection::hold_ended(const Token& token) {
+    const Visit here(*this);
+    if (!here) {
+        return;
+    }
+    {
+        const std::lock_guard lock(mutex_);
+        session_.hold_ended(token);
+    }
+    settle();
+}
+
+void Connection::stop_served(const std::shared_ptr<TransferHandle>& transfer) {
+    {
+        const std::lock_guard lock(mutex_);
+        if (!transfer->finished) {
+            session_.stop(transfer, {protocol::Cause::grant_stale, protocol::Delivered::no, {}, {}},
+                          monotonic_ns());
+        }
+    }
+    settle();
+    if (transfer->role == Role::source) {
+        return;  // nothing that it still reads can be sealed
+    }
+    Waiter waiter;  // another thread may be at the end of it: some system call's time
+    if (transfer->subscribe(&waiter)) {
+        while (!transfer->done()) {
+            waiter.wait(INT64_MAX);
+        }
+        transfer->unsubscribe(&waiter);
+    }
+}
+
+// ---- leases on the peer's grants
+
+std::shared_ptr<LeaseHandle> Connection::hold(const Token& token, std::uint32_t wait_ms,
+                                              std::shared_ptr<Queue> queue, std::uint64_t tag) {
+    if (is_lost() && !heir()) {
+        throw NotUsable(lost_cause(), lost_reason());
+    }
+    auto lease = std::make_shared<LeaseHandle>(shared_from_this());
+    lease->token = token;
+    lease->wait_ms = wait_ms;
+    if (queue) {
+        lease->subscribe(std::move(queue), tag);
+    }
+    place(lease)->settle();
+    return lease;
+}
+
+std::shared_ptr<Connection> Connection::place(const std::shared_ptr<LeaseHandle>& lease) {
+    const auto taker = unless_inherited([&] { session_.post_hold(lease, monotonic_ns()); });
+    if (!taker) {
+        return shared_from_this();
+    }
+    lease->move_to(taker);
+    return taker->place(lease);
+}
+
+void Connection::let_go(const std::shared_ptr<LeaseHandle>& lease) {
+    {
+        const std::lock_guard lock(mutex_);
+        if (lease->connection().get() == this) {
+            session_.let_go(lease);
+        }
+    }
+    settle();
+}
+
+void Connection::refuse(const Token& token, const std::string& reason, protocol::Time remember_ns) {
+    const protocol::Time now = monotonic_ns();
+    const auto taker = unless_inherited([&] { session_.refuse(token, reason, now + remember_ns, now); });
+    if (taker) {
+        taker->refuse(token, reason, remember_ns);
+    } else {
+        settle();
+    }
+}
+
+void Connection::complete(const protocol::HoldPtr& hold) {
+    auto& lease = static_cast<LeaseHandle&>(*hold);
+    lease.result.outcome = lease.outcome;
+    lease.complete();
+}
+
+}  // namespace kvt::engine

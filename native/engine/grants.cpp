@@ -1,0 +1,292 @@
+#include "engine/grants.hpp"
+
+#include <algorithm>
+#include <utility>
+
+#include "base/clock.hpp"
+#include "engine/connection.hpp"
+#include "engine/engine.hpp"
+
+namespace kvt::engine {
+
+using protocol::Cause;
+using protocol::Delivered;
+using protocol::GrantMode;
+using protocol::GrantPtr;
+using protocol::GrantState;
+using protocol::Time;
+using protocol::Token;
+
+namespace {
+
+GrantHandlePtr handle_of(const GrantPtr& grant) { return std::static_pointer_cast<GrantHandle>(grant); }
+
+std::string text_of(const Token& token) {
+    return {reinterpret_cast<const char*>(token.data()), token.size()};
+}
+
+const protocol::Outcome kFinished{Cause::ok, Delivered::yes, {}, {}};
+const protocol::Outcome kExpired{Cause::grant_stale, Delivered::no, "it expired before it was used", {}};
+const protocol::Outcome kRevoked{Cause::cancelled, Delivered::no, "it was revoked here", {}};
+const protocol::Outcome kReused{Cause::cancelled, Delivered::no, "its blocks were reused", {}};
+const protocol::Outcome kClosed{Cause::cancelled, Delivered::no, "its pool was closed", {}};
+const protocol::Outcome kDead{
+    Cause::peer_lost, Delivered::no, "reset: the peer that it was for has ended", {}};
+
+}  // namespace
+
+void Grants::count(GrantState state) {
+    switch (state) {
+        case GrantState::read: ++counters_.finished; break;
+        case GrantState::expired: ++counters_.expired; break;
+        case GrantState::revoked: ++counters_.revoked; break;
+        case GrantState::open: break;
+    }
+}
+
+void Grants::add(const GrantHandlePtr& grant) {
+    std::vector<std::weak_ptr<Connection>> waiters;
+    Time deadline = protocol::kNever;
+    {
+        const std::lock_guard lock(mutex_);
+        if (!book_.add(grant, monotonic_ns())) {
+            throw protocol::LocalViolation("the token names another grant that is open: mint a new one");
+        }
+        ++counters_.made;
+        deadline = grant->deadline;
+        if (auto node = awaited_.extract(text_of(grant->token)); !node.empty()) {
+            waiters = std::move(node.mapped());
+        }
+    }
+    engine_.need_by(deadline, nullptr);
+    for (const auto& weak : waiters) {
+        if (const auto waiter = weak.lock()) {
+            waiter->grant_came(grant->token);
+        }
+    }
+}
+
+void Grants::await(const Token& token, const std::shared_ptr<Connection>& waiter) {
+    const std::lock_guard lock(mutex_);
+    auto& waiters = awaited_[text_of(token)];
+    std::erase_if(waiters, [](const auto& known) { return known.expired(); });
+    if (std::none_of(waiters.begin(), waiters.end(),
+                     [&](const auto& known) { return known.lock() == waiter; })) {
+        waiters.push_back(waiter);
+    }
+}
+
+// ---- ends
+
+// `ended` is set in all of them. What the user may do next is to rewrite: the fence keeps that behind. Where
+// a session asks, its lock is held: whatever touches sessions is the reactor's then.
+void Grants::finish(const Ended& ended, const protocol::Outcome& outcome, By by) {
+    std::atomic_thread_fence(std::memory_order_seq_cst);
+    bool later = false;
+    for (const GrantPtr& one : ended) {
+        const GrantHandlePtr grant = handle_of(one);
+        const bool lands = grant->mode == GrantMode::write;
+        {
+            const std::lock_guard lock(mutex_);
+            count(grant->state);
+            grant->result.outcome = outcome;
+        }
+        if (lands && by == By::user) {
+            retire(grant);  // bytes land there: not a moment longer
+            continue;
+        }
+        if (!lands) {
+            grant->complete();  // what is still read can't be sealed: nobody waits for that
+        }
+        const std::lock_guard lock(mutex_);
+        retiring_.push_back(grant);
+        later = true;
+    }
+    if (later) {
+        engine_.reactor().enqueue(shared_from_this());
+    }
+}
+
+bool Grants::run() {
+    std::vector<GrantHandlePtr> retiring;
+    {
+        const std::lock_guard lock(mutex_);
+        retiring.swap(retiring_);
+    }
+    for (const GrantHandlePtr& grant : retiring) {
+        retire(grant);
+    }
+    return false;
+}
+
+void Grants::retire(const GrantHandlePtr& grant) {
+    stop_served(grant);
+    grant->complete();
+    tell_holders(*grant);
+}
+
+void Grants::stop_served(const GrantHandlePtr& grant) {
+    std::vector<std::weak_ptr<TransferHandle>> served;
+    {
+        const std::lock_guard lock(mutex_);
+        served = std::exchange(grant->served, {});
+    }
+    for (const auto& weak : served) {
+        if (const auto transfer = weak.lock(); transfer && !transfer->done()) {
+            transfer->connection()->stop_served(transfer);
+        }
+    }
+}
+
+void Grants::tell_holders(GrantHandle& grant) {
+    std::unordered_map<std::string, std::weak_ptr<Connection>> holders;
+    {
+        const std::lock_guard lock(mutex_);
+        holders = std::exchange(grant.holders, {});
+    }
+    for (const auto& [reader, weak] : holders) {
+        if (const auto holder = weak.lock()) {
+            holder->hold_ended(grant.token);
+        }
+    }
+}
+
+void Grants::revoke(const GrantHandlePtr& grant) {
+    Ended ended;
+    {
+        const std::lock_guard lock(mutex_);
+        if (book_.end(grant, GrantState::revoked)) {
+            ended.push_back(grant);
+        }
+    }
+    finish(ended, kRevoked, By::user);
+}
+
+void Grants::reuse(std::uint64_t pool, const Blocks& by_group) {
+    Ended ended;
+    {
+        const std::lock_guard lock(mutex_);
+        for (std::size_t group = 0; group < by_group.size(); ++group) {
+            if (by_group[group] == nullptr) {
+                continue;
+            }
+            auto more = book_.end_blocks(pool, group, *by_group[group]);
+            ended.insert(ended.end(), more.begin(), more.end());
+        }
+    }
+    finish(ended, kReused, By::user);
+}
+
+void Grants::end_pool(std::uint64_t pool) {
+    Ended ended;
+    {
+        const std::lock_guard lock(mutex_);
+        ended = book_.end_pool(pool);
+    }
+    finish(ended, kClosed, By::user);
+}
+
+Time Grants::on_time(Time now) {
+    Ended ended;
+    Time next = protocol::kNever;
+    {
+        const std::lock_guard lock(mutex_);
+        ended = book_.expire(now);
+        next = book_.next_deadline();
+    }
+    finish(ended, kExpired, By::others);
+    return next;
+}
+
+// ---- for connections
+
+GrantHandlePtr Grants::admit(const Token& token, const std::string& reader, GrantMode mode) {
+    const std::lock_guard lock(mutex_);
+    return handle_of(book_.admit(token, reader, mode));
+}
+
+bool Grants::serving(const GrantHandlePtr& grant, const std::shared_ptr<TransferHandle>& transfer) {
+    const std::lock_guard lock(mutex_);
+    if (grant->state != GrantState::open) {
+        return false;
+    }
+    std::erase_if(grant->served, [](const auto& known) { return known.expired(); });
+    grant->served.push_back(transfer);
+    return true;
+}
+
+void Grants::served(const TransferHandle& transfer, const std::string& reader) {
+    Ended ended;
+    const GrantHandlePtr& grant = transfer.grant;
+    const bool succeeded = transfer.result.outcome.cause == Cause::ok;
+    {
+        const std::lock_guard lock(mutex_);
+        std::erase_if(grant->served, [&](const auto& known) {
+            const auto alive = known.lock();
+            return alive == nullptr || alive.get() == &transfer;
+        });
+        if (succeeded) {
+            const std::uint64_t before = grant->result.nbytes;
+            grant->result = transfer.result;
+            grant->result.nbytes += before;
+        }
+        if (const GrantPtr over = book_.over(grant, reader, succeeded)) {
+            ended.push_back(over);
+        }
+    }
+    finish(ended, kFinished, By::others);
+}
+
+bool Grants::hold(const Token& token, const std::shared_ptr<Connection>& holder, const std::string& reader) {
+    const std::lock_guard lock(mutex_);
+    if (!book_.hold(token, reader)) {
+        return false;
+    }
+    handle_of(book_.find(token))->holders[reader] = holder;
+    return true;
+}
+
+void Grants::release(const Token& token, const std::string& reader) {
+    Ended ended;
+    Time next = protocol::kNever;
+    {
+        const std::lock_guard lock(mutex_);
+        if (const GrantPtr over = book_.release(token, reader, monotonic_ns())) {
+            ended.push_back(over);
+        }
+        next = book_.next_deadline();
+    }
+    finish(ended, kFinished, By::others);
+    engine_.need_by(next, nullptr);
+}
+
+void Grants::reader_gone(const std::string& reader, bool dead) {
+    Ended ended;
+    Time next = protocol::kNever;
+    {
+        const std::lock_guard lock(mutex_);
+        ended = book_.reader_gone(reader, dead, monotonic_ns());
+        next = book_.next_deadline();
+    }
+    finish(ended, kDead, By::others);
+    engine_.need_by(next, nullptr);
+}
+
+// ---- for the user to see
+
+GrantState Grants::state_of(const GrantHandle& grant) const {
+    const std::lock_guard lock(mutex_);
+    return grant.state;
+}
+
+Grants::Counters Grants::counters() const {
+    const std::lock_guard lock(mutex_);
+    return counters_;
+}
+
+std::size_t Grants::open() const {
+    const std::lock_guard lock(mutex_);
+    return book_.size();
+}
+
+}  // namespace kvt::engine

@@ -1,0 +1,95 @@
+// The endpoint's grants in use: the book under a lock, the transfers that are served, who waits.
+//
+// Lives here: making and ending grants, what follows from an end (handles, served transfers, leases of
+// peers). Does not live here: the rules (protocol/grant_book.hpp), planning a served transfer
+// (connection_grants.cpp). Invariants: an end is complete for whoever rewrites when the call returns: `ended`
+// is set and fenced, and of a write grant no byte lands any more. The lock is a leaf: nothing else is taken
+// under it.
+#pragma once
+
+#include <condition_variable>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "base/event_loop.hpp"
+#include "engine/handle.hpp"
+#include "protocol/grant_book.hpp"
+
+namespace kvt::engine {
+
+class Engine;
+class Connection;
+
+/// The owner's handle of a grant: done when it has ended.
+class GrantHandle final : public protocol::Grant, public Handle {
+  public:
+    explicit GrantHandle(std::shared_ptr<Pool> pool) : block_pool_(std::move(pool)) {
+        pool_id = block_pool_->id();
+    }
+    const std::shared_ptr<Pool>& block_pool() const noexcept { return block_pool_; }
+
+    // Under the lock of Grants; `result` is read after done().
+    std::vector<std::weak_ptr<TransferHandle>> served;
+    std::unordered_map<std::string, std::weak_ptr<Connection>> holders;  // by reader
+    Result result;  // of the last write, with the bytes of all; its outcome is the grant's
+
+  private:
+    std::shared_ptr<Pool> block_pool_;
+};
+using GrantHandlePtr = std::shared_ptr<GrantHandle>;
+
+class Grants final : public Runnable, public std::enable_shared_from_this<Grants> {
+  public:
+    explicit Grants(Engine& engine) : engine_(engine) {}
+
+    // For the user. add() throws LocalViolation where the token names an open grant.
+    void add(const GrantHandlePtr& grant);
+    void revoke(const GrantHandlePtr& grant);
+    using Blocks = std::vector<std::shared_ptr<const memory::Ids>>;
+    void reuse(std::uint64_t pool, const Blocks& by_group);
+    void end_pool(std::uint64_t pool);
+    protocol::GrantState state_of(const GrantHandle& grant) const;
+
+    // For connections.
+    GrantHandlePtr admit(const protocol::Token& token, const std::string& reader, protocol::GrantMode mode);
+    bool hold(const protocol::Token& token, const std::shared_ptr<Connection>& holder,
+              const std::string& reader);
+    void release(const protocol::Token& token, const std::string& reader);
+    void await(const protocol::Token& token, const std::shared_ptr<Connection>& waiter);
+    /// False: it has ended meanwhile.
+    bool serving(const GrantHandlePtr& grant, const std::shared_ptr<TransferHandle>& transfer);
+    void served(const TransferHandle& transfer, const std::string& reader);
+    void reader_gone(const std::string& reader, bool dead);
+
+    // For the reactor.
+    protocol::Time on_time(protocol::Time now);
+    bool run() override;
+    void failed(const std::exception&) override {}
+
+    struct Counters {
+        std::uint64_t made = 0, finished = 0, expired = 0, revoked = 0;
+    };
+    Counters counters() const;
+    std::size_t open() const;
+
+  private:
+    using Ended = std::vector<protocol::GrantPtr>;
+    enum class By { user, others };
+    void finish(const Ended& ended, const protocol::Outcome& outcome, By by);
+    void retire(const GrantHandlePtr& grant);
+    void count(protocol::GrantState state);
+    void stop_served(const GrantHandlePtr& grant);
+    void tell_holders(GrantHandle& grant);
+
+    Engine& engine_;
+    mutable std::mutex mutex_;
+    protocol::GrantBook book_;
+    std::unordered_map<std::string, std::vector<std::weak_ptr<Connection>>> awaited_;  // by token
+    std::vector<GrantHandlePtr> retiring_;  // ended, and their transfers still to be stopped
+    Counters counters_;
+};
+
+}  // namespace kvt::engine

@@ -1,0 +1,458 @@
+// One-sided: reads and writes by a grant that one side has made, and leases on it.
+//
+// A READ is a WANT that names a grant in the place of a key: the grant's side serves it without its user. A
+// WRITE is an OFFER likewise, answered by a WANT. What comes before its grant waits here, for as long as it
+// says, counted among what is unmatched. Whoever isn't let in gets one answer, whatever the reason; our own
+// side tells by what it knows itself (was it ever let in?) what to raise.
+#include <algorithm>
+
+#include "protocol/session.hpp"
+
+namespace kvt::protocol {
+
+namespace {
+
+constexpr std::size_t kMaxHolds = 65'536, kMaxAdmitted = 65'536, kMaxTokenRefusals = 65'536;
+constexpr Time kMs = 1'000'000;
+
+// Of a transfer that is served: its user is the peer, whose own limits it is under.
+constexpr Time kServedMatch = 300'000 * kMs, kServedStall = 10'000 * kMs;
+
+}  // namespace
+
+// ---- the user of a peer's grant
+
+void Session::send_read(const TransferPtr& transfer) {
+    ReadBody body{*transfer->use, transfer->terms, {}};
+    if (transfer->nbytes != 0) {
+        body.ranges.push_back({0, transfer->nbytes});
+    }
+    const Bytes raw = encode_read(body);
+    transfer->id = transfer->want = next_want_++;
+    transfer->pulls = pulls_;
+    wants_.emplace(transfer->id, transfer);
+    Header header;
+    header.type = FrameType::read;
+    header.flags = pulls_ ? kWantPulls : 0;
+    header.transfer = transfer->id;
+    header.total = transfer->nbytes;
+    send(header, raw);
+}
+
+void Session::send_write(const TransferPtr& transfer) {
+    const Bytes raw = encode_write({*transfer->use, transfer->meta, transfer->terms});
+    transfer->id = next_offer_++;
+    offers_.emplace(transfer->id, transfer);
+    Header header;
+    header.type = FrameType::write;
+    header.transfer = transfer->id;
+    header.total = transfer->nbytes;
+    send(header, raw);
+}
+
+// The grant's side wants what we have offered to write.
+void Session::on_want_of_write(const Header& header, WantBody body, Time now) {
+    const auto known = offers_.find(header.arg);
+    if (known != offers_.end() && known->second->use == nullptr) {
+        throw Violation("a WANT answers an OFFER as if it were a WRITE");
+    }
+    if (known == offers_.end() || known->second->state != State::posted) {
+        refuse_want(header.transfer, AbortCode::cancelled, {}, {});  // it has ended here meanwhile
+        return;
+    }
+    const bool pulls = (header.flags & kWantPulls) != 0;
+    match_source(known->second, {header.transfer, header.total, 0, pulls, std::move(body)}, now);
+}
+
+void Session::admitted_to(const Token& token) {
+    if (!admitted_.insert(token).second) {
+        return;
+    }
+    admitted_in_order_.push_back(token);
+    if (admitted_in_order_.size() > kMaxAdmitted) {
+        admitted_.erase(admitted_in_order_.front());
+        admitted_in_order_.pop_front();
+    }
+}
+
+void Session::post_hold(HoldPtr hold, Time) {
+    if (lost_) {
+        finish_hold(hold, {lost_cause_, Delivered::no, lost_reason_, {}});
+        return;
+    }
+    if (opened_ && (config_.capabilities & kCanGrant) == 0) {
+        throw LocalViolation("the peer's version knows no grants: upgrade it");
+    }
+    if (holds_.size() + untold_holds_.size() >= kMaxHolds) {
+        throw Excess("more than 65,536 leases on one connection: release those that are no longer needed");
+    }
+    untold_holds_.push_back(std::move(hold));
+}
+
+void Session::pump_holds() {
+    if ((config_.capabilities & kCanGrant) == 0) {
+        for (const HoldPtr& hold : opened_ ? std::exchange(untold_holds_, {}) : std::deque<HoldPtr>()) {
+            finish_hold(hold, {Cause::grant_denied, Delivered::no, {}, {}});
+        }
+        return;
+    }
+    while (opened_ && !lost_ && !untold_holds_.empty() && outbox_.size() <= config_.outbox_nbytes / 2) {
+        const HoldPtr hold = std::move(untold_holds_.front());
+        untold_holds_.pop_front();
+        hold->number = next_hold_++;
+        holds_.emplace(hold->number, hold);
+        Header header;
+        header.type = FrameType::hold;
+        header.transfer = hold->number;
+        send(header, encode_hold({hold->token, hold->wait_ms}));
+    }
+}
+
+void Session::let_go(const HoldPtr& hold) {
+    if (hold->state == Hold::State::over) {
+        return;
+    }
+    if (holds_.erase(hold->number) != 0) {
+        send(FrameType::hold, kLetGo, hold->number, 0, 0);
+    } else {
+        std::erase(untold_holds_, hold);
+    }
+    finish_hold(hold, {Cause::ok, Delivered::no, {}, {}});
+}
+
+void Session::finish_hold(const HoldPtr& hold, Outcome outcome) {
+    hold->state = Hold::State::over;
+    hold->outcome = std::move(outcome);
+    finished_holds_.push_back(hold);
+}
+
+void Session::on_held(const Header& header) {
+    if (header.transfer >= next_hold_) {
+        throw Violation("a HELD for what wasn't asked for");
+    }
+    const auto known = holds_.find(header.transfer);
+    if (known == holds_.end()) {
+        return;  // let go meanwhile
+    }
+    const HoldPtr hold = known->second;
+    if ((header.flags & kHeldNot) != 0) {
+        const bool stale = admitted_.contains(hold->token);
+        holds_.erase(known);
+        finish_hold(hold, {stale ? Cause::grant_stale : Cause::grant_denied, Delivered::no, {}, {}});
+    } else if (hold->state == Hold::State::held) {
+        throw Violation("a second HELD of one lease");
+    } else {
+        hold->state = Hold::State::held;
+        admitted_to(hold->token);
+    }
+}
+
+// ---- the grant's side
+
+void Session::on_read(const Header& header, std::span<const std::byte> raw, Time now) {
+    if ((config_.capabilities & kCanGrant) == 0) {
+        throw Violation("a READ where that wasn't agreed");
+    }
+    if (header.transfer <= last_want_seen_) {
+        throw Violation("a READ's id isn't new");
+    }
+    last_want_seen_ = header.transfer;
+    const bool pulls = (header.flags & kWantPulls) != 0;
+    if (pulls && (config_.capabilities & kCanCopy) == 0) {
+        throw Violation("a READ pulls where that wasn't agreed");
+    }
+    WaitingRead read{header.transfer, header.total, 0, pulls, now, decode_read(raw)};
+    const PoolTerms& theirs = peer_pool(read.body.terms);
+    const std::uint64_t last = read.body.ranges.empty() ? 0 : read.body.ranges.back().end;
+    if (stream_nbytes(theirs, read.body.terms) != header.total || last > header.total ||
+        (last == 0) != (header.total == 0)) {
+        throw Violation("a READ's bytes aren't those of its terms");
+    }
+    if (const auto reason = take_refusal(read.body.use.token, now)) {
+        deny(read, AbortCode::refused, *reason);
+    } else if (!serve(read, now)) {
+        wait_or_deny(waiting_reads_, std::move(read), now);
+    }
+}
+
+void Session::on_write(const Header& header, std::span<const std::byte> raw, Time now) {
+    if ((config_.capabilities & kCanGrant) == 0) {
+        throw Violation("a WRITE where that wasn't agreed");
+    }
+    if (header.transfer <= last_offer_seen_) {
+        throw Violation("a WRITE's id isn't new");
+    }
+    last_offer_seen_ = header.transfer;
+    WaitingWrite write{header.transfer, header.total, 0, false, now, decode_write(raw)};
+    if (stream_nbytes(peer_pool(write.body.terms), write.body.terms) != header.total) {
+        throw Violation("a WRITE's bytes aren't those of its terms");
+    }
+    if (!room_to_end_receives()) {
+        throw Excess("the peer leaves the ends of its writes unanswered");
+    }
+    if (const auto reason = take_refusal(write.body.use.token, now)) {
+        deny(write, AbortCode::refused, *reason);
+    } else if (!serve(write, now)) {
+        wait_or_deny(waiting_writes_, std::move(write), now);
+    }
+}
+
+// False: its grant isn't here.
+bool Session::serve(const WaitingRead& read, Time now) {
+    const PoolTerms* theirs = open_pool(read.body.terms, read.total);
+    if (theirs == nullptr) {
+        refuse_want(read.id, AbortCode::layout_mismatch, {}, {"pool", "", "closed"});
+        return true;
+    }
+    const auto service = grants_ ? grants_->serve_read(read.body, *theirs) : GrantHost::Service{};
+    if (service.answer == GrantHost::Answer::mismatch) {
+        refuse_want(read.id, AbortCode::layout_mismatch, {}, service.mismatch);
+        return true;
+    }
+    if (service.answer != GrantHost::Answer::served) {
+        return false;
+    }
+    const TransferPtr& transfer = service.transfer;
+    transfer->want = read.id;
+    begin_serving(transfer, now);
+    matched_.emplace(read.id, transfer);
+    apply(transfer, Event::match, now);
+    WantBody want;
+    want.ranges = read.body.ranges;
+    start_source(transfer, {read.id, read.total, 0, read.pulls, std::move(want)}, now);
+    return true;
+}
+
+bool Session::serve(const WaitingWrite& write, Time now) {
+    const PoolTerms* theirs = open_pool(write.body.terms, write.total);
+    if (theirs == nullptr) {
+        refuse_offer(write.id, AbortCode::layout_mismatch, {}, {"pool", "", "closed"});
+        return true;
+    }
+    const auto service = grants_ ? grants_->serve_write(write.body, *theirs) : GrantHost::Service{};
+    switch (service.answer) {
+        case GrantHost::Answer::not_here: return false;
+        case GrantHost::Answer::mismatch:
+            refuse_offer(write.id, AbortCode::layout_mismatch, {}, service.mismatch);
+            return true;
+        case GrantHost::Answer::busy:
+            refuse_offer(write.id, AbortCode::local_error, "another transfer writes some of these blocks",
+                         {});
+            return true;
+        case GrantHost::Answer::served: break;
+    }
+    const TransferPtr& transfer = service.transfer;
+    transfer->partner = write.id;
+    transfer->offer_seen = true;
+    transfer->peer_meta = write.body.meta;
+    begin_serving(transfer, now);
+    partners_.emplace(write.id, transfer);
+    announce(transfer->terms.pool, *transfer->pool);
+    send_want(transfer);
+    transfer->told = true;
+    return true;
+}
+
+void Session::begin_serving(const TransferPtr& transfer, Time now) {
+    transfer->limits = {kServedMatch, transfer->role == Role::source ? kNever : kServedStall, kNever};
+    transfer->posted_at = transfer->waits_since = transfer->moved_at = now;
+    one_sided_.insert(transfer);
+    watch(*transfer);
+}
+
+template <class Body>
+void Session::wait_or_deny(std::map<std::uint64_t, Waiting<Body>>& waiting, Waiting<Body> use, Time now) {
+    const std::uint32_t wait_ms = use.body.use.wait_ms;
+    if (wait_ms == 0) {
+        deny(use, AbortCode::grant, {});
+        return;
+    }
+    if (waiting_reads_.size() + unmatched_wants_.size() >= config_.unmatched ||
+        waiting_writes_.size() + unmatched_offers_.size() >= config_.unmatched) {
+        throw Excess("the peer has more than " + std::to_string(config_.unmatched) +
+                     " transfers that wait for their grants or keys");
+    }
+    use.charge = charge_of(charge_of_use(use.body.use), use.body.terms, 1);
+    charge_peer(use.charge);
+    use.until = now + Time{wait_ms} * kMs;
+    watch(use.until);
+    const Token token = use.body.use.token;
+    const std::uint64_t id = use.id;
+    waiting.emplace(id, std::move(use));
+    if (grants_ != nullptr) {
+        grants_->await(token);
+    }
+}
+
+template <class Body>
+bool Session::stop_waiting(std::map<std::uint64_t, Waiting<Body>>& waiting, std::uint64_t id) {
+    const auto known = waiting.find(id);
+    if (known == waiting.end()) {
+        return false;
+    }
+    peer_charge_ -= known->second.charge;
+    waiting.erase(known);
+    return true;
+}
+template bool Session::stop_waiting(std::map<std::uint64_t, WaitingRead>&, std::uint64_t);
+template bool Session::stop_waiting(std::map<std::uint64_t, WaitingWrite>&, std::uint64_t);
+
+void Session::deny(const WaitingRead& read, AbortCode code, const std::string& reason) {
+    refuse_want(read.id, code, reason, {});
+}
+
+void Session::deny(const WaitingWrite& write, AbortCode code, const std::string& reason) {
+    refuse_offer(write.id, code, reason, {});
+}
+
+void Session::on_hold(const Header& header, std::span<const std::byte> raw, Time now) {
+    if ((config_.capabilities & kCanGrant) == 0) {
+        throw Violation("a HOLD where that wasn't agreed");
+    }
+    if ((header.flags & kLetGo) != 0) {
+        if (!raw.empty() || header.transfer > last_hold_seen_) {
+            throw Violation("a HOLD that lets go of nothing");
+        }
+        waiting_holds_.erase(header.transfer);
+        if (const auto known = held_.extract(header.transfer); !known.empty() && grants_ != nullptr) {
+            grants_->release(known.mapped());
+        }
+        return;
+    }
+    const HoldBody body = decode_hold(raw);
+    if (header.transfer <= last_hold_seen_) {
+        throw Violation("a HOLD's id isn't new");
+    }
+    last_hold_seen_ = header.transfer;
+    if (held_.size() + waiting_holds_.size() >= kMaxHolds) {
+        throw Excess("the peer holds more than 65,536 leases");
+    }
+    if (grants_ != nullptr && grants_->hold(body.token)) {
+        held_.emplace(header.transfer, body.token);
+        send(FrameType::held, 0, header.transfer, 0, 0);
+    } else if (body.wait_ms == 0) {
+        send(FrameType::held, kHeldNot, header.transfer, 0, 0);
+    } else {
+        const Time until = now + Time{body.wait_ms} * kMs;
+        waiting_holds_.emplace(header.transfer, WaitingHold{body.token, until});
+        watch(until);
+        if (grants_ != nullptr) {
+            grants_->await(body.token);
+        }
+    }
+}
+
+void Session::hold_ended(const Token& token) {
+    for (auto it = held_.begin(); it != held_.end();) {
+        if (it->second == token) {
+            send(FrameType::held, kHeldNot, it->first, 0, 0);
+            it = held_.erase(it);
+        } else {
+            ++it;
+        }
+    }
+}
+
+// ---- what waits for a grant
+
+void Session::grant_came(const Token& token, Time now) {
+    const auto serve_all = [&](auto& waiting) {
+        for (auto it = waiting.begin(); it != waiting.end();) {
+            const auto here = it++;
+            if (here->second.body.use.token != token) {
+                continue;
+            }
+            const auto use = std::move(here->second);
+            peer_charge_ -= use.charge;
+            waiting.erase(here);
+            if (!serve(use, now)) {  // ended again, or another's: it goes on waiting
+                peer_charge_ += use.charge;
+                waiting.emplace(use.id, use);
+            }
+        }
+    };
+    if (lost_) {
+        return;
+    }
+    for (auto it = waiting_holds_.begin(); it != waiting_holds_.end();) {
+        const auto here = it++;
+        if (here->second.token == token && grants_ != nullptr && grants_->hold(token)) {
+            held_.emplace(here->first, token);
+            send(FrameType::held, 0, here->first, 0, 0);
+            waiting_holds_.erase(here);
+        }
+    }
+    serve_all(waiting_reads_);
+    serve_all(waiting_writes_);
+}
+
+void Session::stop_waiting_for_grants(Time now) {
+    const auto expire = [&](auto& waiting) {
+        for (auto it = waiting.begin(); it != waiting.end();) {
+            const auto here = it++;
+            if (here->second.until > now) {
+                watch(here->second.until);
+                continue;
+            }
+            deny(here->second, AbortCode::grant, {});
+            stop_waiting(waiting, here->first);
+        }
+    };
+    expire(waiting_reads_);
+    expire(waiting_writes_);
+    for (auto it = waiting_holds_.begin(); it != waiting_holds_.end();) {
+        const auto here = it++;
+        if (here->second.until > now) {
+            watch(here->second.until);
+            continue;
+        }
+        send(FrameType::held, kHeldNot, here->first, 0, 0);
+        waiting_holds_.erase(here);
+    }
+}
+
+void Session::refuse(const Token& token, const std::string& reason, Time until, Time now) {
+    if (lost_) {
+        return;
+    }
+    bool told = false;
+    const auto refuse_all = [&](auto& waiting) {
+        for (auto it = waiting.begin(); it != waiting.end();) {
+            const auto here = it++;
+            if (here->second.body.use.token == token) {
+                deny(here->second, AbortCode::refused, reason);
+                stop_waiting(waiting, here->first);
+                told = true;
+            }
+        }
+    };
+    refuse_all(waiting_reads_);
+    refuse_all(waiting_writes_);
+    for (auto it = waiting_holds_.begin(); it != waiting_holds_.end();) {
+        const auto here = it++;
+        if (here->second.token == token) {
+            send(FrameType::held, kHeldNot, here->first, 0, 0);
+            waiting_holds_.erase(here);
+        }
+    }
+    if (told) {
+        return;
+    }
+    if (token_refusals_.size() >= kMaxTokenRefusals) {
+        std::erase_if(token_refusals_, [&](const auto& item) { return item.second.until <= now; });
+    }
+    if (token_refusals_.size() >= kMaxTokenRefusals) {
+        throw Excess("more than 65,536 refusals are remembered on this connection");
+    }
+    token_refusals_[token] = {reason, until};
+}
+
+std::optional<std::string> Session::take_refusal(const Token& token, Time now) {
+    auto node = token_refusals_.extract(token);
+    if (node.empty() || node.mapped().until <= now) {
+        return std::nullopt;
+    }
+    return std::move(node.mapped().reason);
+}
+
+}  // namespace kvt::protocol
