@@ -239,7 +239,8 @@ class Roster:
     def found(self, connection: Connection) -> Found | None:
         """Return how a Connection's session came about; None: it has none."""
         with self.lock:
-            return next((e.found for e in self._entries.values() if connection in e.connections), None)
+            entry = self._entries.get(connection.peer.incarnation)
+            return entry.found if entry is not None and connection in entry.connections else None
 
     def connections(self) -> list[Connection]:
         """Return those with a session."""
