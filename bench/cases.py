@@ -79,6 +79,8 @@ _CASES = {
             "f", "262,144 x 1 KiB, NHD heads, TP 1 to 2", 64, 512, 32 * KIB, 256, 1, 2 * KIB, compact_dst=True
         ),
         Case("fs", "262,144 x 1 KiB, sliced at both ends", 64, 512, 32 * KIB, 256, 1, 2 * KIB),
+        # Room for seven of the largest requests at once, and for small ones beside them.
+        Case("h", "1 to 256 blocks, Poisson, 4 to 4", 32, 512, 64 * KIB, 256, dst_blocks=2048),
     )
 }
 CASE_NAMES = (*_CASES, "g", "n", "conns")

@@ -54,3 +54,8 @@ def spread(values: Sequence[float]) -> float:
     if len(values) < 2:
         return 0.0
     return (percentile(values, 0.75) - percentile(values, 0.25)) / median(values)
+
+
+def jain(values: Sequence[float]) -> float:
+    """Return Jain's index of fairness: 1 where all are equal, 1/n where one has everything (Jain, Chiu, Hawe 1984)."""
+    return sum(values) ** 2 / (len(values) * sum(value * value for value in values))

@@ -22,6 +22,8 @@ from bench.special.context import Context
 # without it.
 SPECIALS = {
     "g": "under_load.measure_rows",
+    "h": "crowd.measure_rows",
+    "fair": "sharing.measure_rows",
     "conns": "many.measure_bandwidth",
     "posting": "posting.measure_rows",
     "idle": "many.measure_idle",
