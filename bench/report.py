@@ -80,10 +80,10 @@ def environment() -> dict[str, Any]:
     }
 
 
-def write_json(
-    path: Path, settings: Mapping[str, Any], results: Mapping[str, CaseResult], rows: Sequence[Row]
-) -> None:
-    """Write every sample, so that other figures can be made of them later."""
+def document(
+    settings: Mapping[str, Any], results: Mapping[str, CaseResult], rows: Sequence[Row]
+) -> dict[str, Any]:
+    """Return every sample in plain values, so that other figures can be made of them later."""
     cases = {
         name: {
             "case": asdict(result.case),
@@ -96,11 +96,14 @@ def write_json(
         }
         for name, result in results.items()
     }
-    document = {
+    return {
         "settings": dict(settings),
         "environment": environment(),
         "cases": cases,
         "targets": [asdict(row) for row in rows],
     }
+
+
+def write_json(path: Path, document: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(document, indent=1) + "\n")

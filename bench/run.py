@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import cases, ours, raw_limits, report, targets
+from bench import cases, ours, plots, raw_limits, report, targets
 from bench.cases import Case, case_of
 from bench.progress import Progress
 from bench.rounds import CaseResult, run_case
@@ -46,6 +46,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--cases", default=",".join(ALL), help=f"of {','.join(ALL)}, n:COUNT (default: all)")
     parser.add_argument("--rounds", type=int, default=7, help="rounds of each case (default: 7)")
     parser.add_argument("--json", type=Path, help="write every sample to this file")
+    parser.add_argument("--plots", type=Path, metavar="FOLDER", help="draw PNG files there; needs matplotlib")
     parser.add_argument(
         "--backends", default="tcp,tcp-digest,inproc", help=f"of {','.join(ours.BACKENDS)}; empty: none"
     )
@@ -160,13 +161,7 @@ class Bench:
     def _finish(self) -> int:
         self.rows = targets.rows_of(self.results) + self.rows
         print(report.target_table(self.rows))
-        if self.arguments.json:
-            settings = {
-                "config": self.config,
-                "rounds": self.arguments.rounds,
-                "details": self.context.details,
-            }
-            report.write_json(self.arguments.json, settings, self.results, self.rows)
+        self._write()
         slow = targets.slow_limits(self.results)
         if self.results and "a" not in self.results:
             print("the limits were not checked against memcpy: case a was not run", file=sys.stderr)
@@ -178,9 +173,25 @@ class Bench:
             print(f"FAILED: {who}", file=sys.stderr)
         return 1 if broken or (slow and not self.arguments.allow_slow_limits) else 0
 
+    def _write(self) -> None:
+        """Write the files that were asked for."""
+        settings = {
+            "config": self.config,
+            "rounds": self.arguments.rounds,
+            "details": self.context.details,
+        }
+        document = report.document(settings, self.results, self.rows)
+        if self.arguments.json:
+            report.write_json(self.arguments.json, document)
+        if self.arguments.plots:
+            plots.write(document, self.arguments.plots)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
+    if arguments.plots and not plots.available():
+        print(plots.NEEDS, file=sys.stderr)
+        return 2
     if arguments.peers:
         from bench.peers import setup
 
