@@ -133,7 +133,9 @@ def _bars(medians: Mapping[str, Mapping[str, float]], label: str) -> Any:
                 )
     axes.set_xticks(range(len(medians)), [f"({name})" for name in medians])
     axes.set_ylabel(label)
-    axes.legend(fontsize="small", ncols=2)
+    axes.legend(
+        fontsize="small", loc="upper left", bbox_to_anchor=(1.01, 1.0)
+    )  # beside the lines, not over them
     return figure
 
 
