@@ -3,8 +3,9 @@
 A backend moves bytes between two endpoints. Its moving is native and holds no GIL; its Python side says
 where it can be reached, whether it works here, and brings about a native session. It promises:
 
-- `viability()` is cheap, has no side effect and doesn't raise: it says why not, and what would make it work.
-  Nothing asks it in this version: no backend of it depends on the machine.
+- `viability()` tries what the backend needs on this machine, in at most `TRIAL_S` and a little, leaves nothing
+  behind and doesn't raise: it says why not, and what would make it work. `kvtransport doctor` asks it; it may
+  start a process, so nothing asks it for each connection.
 - `serves(where)` looks at an address's form only. Each form belongs to one backend.
 - Nothing is opened, dialled or said where policy forbids it: the check comes before the socket.
 - One thread uses it, the endpoint's acceptor; `viability`, `resolve` and `listen` may be called by any. Only
@@ -27,18 +28,26 @@ from __future__ import annotations
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from kvtransport.types import Protection
+
+TRIAL_S: Final = 5.0
+"""For what takes milliseconds: a trial that has no answer by then has failed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Viability:
-    """Whether a backend can be used here; where not, why, and what would make it."""
+    """Whether a backend can be used here.
+
+    reason: why not; where it is usable, how, if there is something to say. remedy: what would make it usable.
+    parts: (what was tried, what came of it), where there are several things to try.
+    """
 
     usable: bool
     reason: str = ""
     remedy: str = ""
+    parts: tuple[tuple[str, Viability], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

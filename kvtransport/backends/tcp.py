@@ -26,7 +26,7 @@ import struct
 from collections.abc import Sequence
 from typing import Final, TypeAlias, cast
 
-from kvtransport.backends.base import LinkProof, Policy, Target, Viability
+from kvtransport.backends.base import TRIAL_S, LinkProof, Policy, Target, Viability
 from kvtransport.errors import AuthenticationError, InsecureConfigError
 from kvtransport.types import Protection
 
@@ -45,8 +45,17 @@ class TcpBackend:
     name = "tcp"
 
     def viability(self) -> Viability:
-        """Work everywhere."""
-        return Viability(True)
+        """Connect to itself over loopback and over a unix socket, and have the system prove both ends."""
+        import tempfile  # which `import kvtransport` alone needn't pay for
+
+        loopback = self._trial("127.0.0.1:0")
+        try:
+            with tempfile.TemporaryDirectory(prefix="kvt-") as folder:
+                unix = self._trial(f"{UNIX_PREFIX}{folder}/socket")
+        except OSError as e:
+            unix = Viability(False, f"not tried: no temporary folder: {e}", "set TMPDIR to a folder of yours")
+        parts = (("loopback TCP", loopback), ("unix sockets", unix))
+        return Viability(loopback.usable or unix.usable, loopback.reason, loopback.remedy, parts)
 
     def serves(self, where: str) -> bool:
         """Say whether it is unix:/path or ends in a port."""
@@ -157,6 +166,26 @@ class TcpBackend:
         row = socket_row(place, (place[0], 0))
         return row.uid if row and row.state == TCP_LISTEN else None
 
+    def _trial(self, where: str) -> Viability:
+        """Connect to a listener of our own, and prove each end to the other."""
+        policy = Policy()
+        try:
+            with (
+                contextlib.closing(self.listen(where, policy)) as listener,
+                self.dial(listener.target) as dialled,
+                listener.taken(TRIAL_S) as taken,
+            ):
+                self.dialled(dialled)
+                proofs = [self.prove(sock, policy) for sock in (dialled, taken)]
+        except (OSError, ValueError) as e:
+            return Viability(False, str(e))
+        except AuthenticationError as e:
+            return Viability(False, f"nothing proves who the peer is: {e}", _REMEDY)
+        if None in proofs:
+            words = "the kernel's socket table doesn't show the other end of a connection"
+            return Viability(False, words, f"/proc/net/tcp and NETLINK_SOCK_DIAG; else {_REMEDY}")
+        return Viability(True, proofs[0].how if proofs[0] else "")
+
 
 class TcpListener:
     """A listening socket, and its name in the file system if it has one."""
@@ -177,6 +206,11 @@ class TcpListener:
     def fileno(self) -> int:
         """Return the descriptor."""
         return self._sock.fileno()
+
+    def taken(self, timeout: float) -> socket.socket:
+        """Accept the next connection here, not by the engine. TimeoutError: none comes."""
+        self._sock.settimeout(timeout)
+        return self._sock.accept()[0]
 
     def close(self) -> None:
         """Close, and unlink the path if it is still this socket's."""
