@@ -5,6 +5,7 @@ docs/ for the protocol, the faults that are survived, and the design.
 """
 
 import logging as _logging
+from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 from kvtransport.completion import CompletionQueue
 from kvtransport.config import Config
@@ -45,6 +46,9 @@ from kvtransport.memory.layout import BlockLayout, LayerGroup
 from kvtransport.memory.pool import BlockPool
 from kvtransport.transfer import LayerGate, SentMessage, Transfer, wait
 from kvtransport.types import Peer, TransferResult
+
+if _TYPE_CHECKING:
+    from kvtransport.cli.report import Report as _Report
 
 __version__ = "0.1.0"
 
@@ -91,9 +95,21 @@ __all__ = [
     "TransferTimeout",
     "VersionMismatch",
     "WaitTimeout",
+    "doctor",
     "new_token",
     "wait",
 ]
+
+
+def doctor() -> "_Report":
+    """Try every backend on this machine; return what works, why the rest doesn't, and what would make it.
+
+    `print(kvt.doctor())` is the text of `kvtransport doctor`. Takes about half a second, starts one short process.
+    """
+    from kvtransport.cli import report  # the tools are imported when they are used
+
+    return report.examine()
+
 
 # A library's lines go where the program sends them, or nowhere.
 _logging.getLogger(__name__).addHandler(_logging.NullHandler())
