@@ -30,10 +30,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     from kvtransport import __version__
-    from kvtransport.cli import doctor
+    from kvtransport.cli import bench, doctor
 
     parser = argparse.ArgumentParser(prog="kvtransport", description="Tools of kvtransport.")
     parser.add_argument("--version", action="version", version=f"kvtransport {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     doctor.add_arguments(commands.add_parser("doctor", help="what works on this machine, and why not"))
+    bench.add_arguments(commands.add_parser("bench", help="measure moving blocks between two processes"))
     return parser
