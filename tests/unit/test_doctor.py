@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -39,6 +40,14 @@ def test_the_text_has_every_backend_and_group(found):
     for word in (*WORDS, *found.machine, "copying"):
         assert any(line.split()[:1] == [word] for line in lines), word
     assert max(map(len, lines)) <= report.WIDTH
+
+
+def test_the_page_shows_what_is_printed(found):
+    if not all(part.usable for backend in found.backends.values() for _, part in backend.parts):
+        pytest.skip("the page shows a machine where every trial works")
+    page = Path(__file__).parents[2] / "docs" / "how-to" / "find-out-what-works.md"
+    shown = page.read_text().split("```text\n")[1].split("\n\n")[0]
+    assert shown.splitlines() == ["backends", *report.backend_lines(found.backends)]
 
 
 def test_json_is_the_same(found):
