@@ -128,6 +128,21 @@ def test_clean_venv_is_clean(clean_venv: Path) -> None:
     assert where.startswith(str(clean_venv))
 
 
+def test_its_command_runs(clean_venv: Path, tmp_path: Path) -> None:
+    out = subprocess.run(
+        [clean_venv / "bin/kvtransport", "doctor", "--json"],
+        check=True,
+        capture_output=True,
+        text=True,
+        env=clean_environment(clean_venv),
+        cwd=tmp_path,
+        timeout=60,
+    )
+    told = json.loads(out.stdout)
+    assert told["works"] is True
+    assert "torch" not in told["machine"]["versions"]
+
+
 def free_address() -> str:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
