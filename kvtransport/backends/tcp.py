@@ -37,6 +37,11 @@ UNIX_PREFIX: Final = "unix:"
 UNIX_PATH_MAX: Final = 107  # sun_path without its final zero
 
 _REMEDY = "run both ends as one user, or give both a key, or set insecure=True if anyone there may connect"
+_SYSTEM_REMEDIES: Final = {
+    errno.ENETUNREACH: "bring loopback up in this net namespace (ip link set lo up)",
+    errno.EMFILE: "raise the limit of descriptors (ulimit -n)",
+    errno.EPERM: "a seccomp filter or security module forbids it: let the container's profile allow sockets",
+}
 
 
 class TcpBackend:
@@ -177,10 +182,13 @@ class TcpBackend:
             ):
                 self.dialled(dialled)
                 proofs = [self.prove(sock, policy) for sock in (dialled, taken)]
-        except (OSError, ValueError) as e:
-            return Viability(False, str(e))
+        except OSError as e:
+            return Viability(False, e.strerror or str(e), _SYSTEM_REMEDIES.get(e.errno or 0, ""))
+        except ValueError as e:
+            return Viability(False, str(e), "set TMPDIR to a folder with a shorter name")
         except AuthenticationError as e:
-            return Viability(False, f"nothing proves who the peer is: {e}", _REMEDY)
+            words, _, remedy = str(e).partition("; ")
+            return Viability(False, f"nothing proves who the peer is: {words}", remedy)
         if None in proofs:
             words = "the kernel's socket table doesn't show the other end of a connection"
             return Viability(False, words, f"/proc/net/tcp and NETLINK_SOCK_DIAG; else {_REMEDY}")
@@ -444,9 +452,13 @@ def _proc_form(place: _Place, mapped: bool) -> str:
 
 def _demand_same_user(uid: int, where: str) -> None:
     ours = os.geteuid()
-    if uid == ours and not _may_be_anyone(uid):
-        return
-    raise AuthenticationError(f"{where} belongs to uid {uid}, and we are uid {ours}; {_REMEDY}")
+    if uid != ours:
+        raise AuthenticationError(f"{where} belongs to uid {uid}, and we are uid {ours}; {_REMEDY}")
+    if _may_be_anyone(uid):
+        raise AuthenticationError(
+            f"{where} belongs to uid {uid}, which stands for every user that this user namespace doesn't know; "
+            f"map your uid into the namespace, or set insecure=True if anyone there may connect"
+        )
 
 
 def _may_be_anyone(uid: int) -> bool:

@@ -114,7 +114,8 @@ def backend_lines(backends: Mapping[str, Viability]) -> list[str]:
     """Return the lines of all backends: usable or not, why, what would make it, and what was tried."""
     lines: list[str] = []
     for name, found in backends.items():
-        lines += _viability_lines(f"  {name:<9} ", found, shows_reason=not found.parts or not found.usable)
+        told = dataclasses.replace(found, remedy="") if found.parts else found  # the parts say it
+        lines += _viability_lines(f"  {name:<9} ", told, shows_reason=not found.parts)
         if found.parts and not found.usable and found.reason == NOT_YET:
             lines.append(" " * 12 + "this machine, for a later version:")
         for what, part in found.parts:

@@ -3,6 +3,7 @@
 import errno
 import os
 import stat
+import subprocess
 import sys
 import threading
 import time
@@ -13,6 +14,9 @@ from kvtransport.backends import shm, tcp
 from kvtransport.backends.inproc import InprocBackend
 from kvtransport.errors import AuthenticationError
 from tests.unit.forbidden_calls import run_without
+
+CLONE_NEWUSER = 0x10000000
+CLONE_NEWNET = 0x40000000
 
 ASK = """
 from kvtransport.backends import shm
@@ -186,14 +190,50 @@ def test_tcp_where_nothing_proves_the_peer(monkeypatch):
 
 def test_tcp_where_the_peer_is_somebody_else(monkeypatch):
     def refuse(uid, where):
-        raise AuthenticationError(f"{where} belongs to uid 65534")
+        raise AuthenticationError(f"{where} belongs to uid 65534; be one user")
 
     monkeypatch.setattr(tcp, "_demand_same_user", refuse)
     found = tcp.TcpBackend().viability()
     assert not found.usable
-    assert "uid 65534" in found.reason
-    assert "same user" not in found.reason
-    assert found.remedy
+    assert found.reason.endswith("uid 65534")
+    assert found.remedy == "be one user"
+
+
+UNSHARED = """
+import ctypes
+flag = {flag}
+if ctypes.CDLL(None, use_errno=True).unshare(flag):
+    raise SystemExit(77)
+from kvtransport.backends.tcp import TcpBackend
+for what, part in TcpBackend().viability().parts:
+    print(what, part.usable, part.reason, part.remedy, sep="|")
+"""
+
+
+def in_a_namespace(flag):
+    code = UNSHARED.format(flag=flag)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    if done.returncode == 77:
+        pytest.skip("this user may not make namespaces")
+    assert done.returncode == 0, done.stderr
+    return {line.split("|")[0]: line.split("|")[1:] for line in done.stdout.splitlines()}
+
+
+def test_a_net_namespace_whose_loopback_is_down():
+    told = in_a_namespace(CLONE_NEWNET)
+    assert told["loopback TCP"] == [
+        "False",
+        "Network is unreachable",
+        "bring loopback up in this net namespace (ip link set lo up)",
+    ]
+    assert told["unix sockets"][0] == "True"
+
+
+def test_a_user_namespace_in_which_all_users_look_alike():
+    for usable, reason, remedy in in_a_namespace(CLONE_NEWUSER).values():
+        assert usable == "False"
+        assert "every user that this user namespace doesn't know" in reason
+        assert remedy.startswith("map your uid into the namespace")
 
 
 def test_unix_sockets_without_a_folder_for_them(monkeypatch, tmp_path):
