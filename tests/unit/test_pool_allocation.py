@@ -1,6 +1,12 @@
 """Memory of our own: views by numpy and torch with the true dtype, lifetimes, layouts of allocated layers."""
 
+import errno
+import fcntl
 import gc
+import mmap
+import os
+import subprocess
+import sys
 import weakref
 from itertools import pairwise
 from typing import Any
@@ -10,7 +16,8 @@ import pytest
 import torch
 
 from kvtransport.errors import ResourceLimit
-from kvtransport.memory.allocation import HostMemory, PoolArray, layer_arrays
+from kvtransport.memory import allocation
+from kvtransport.memory.allocation import HostMemory, PoolArray, layer_arrays, memory_holding
 from kvtransport.memory.layout import DTYPES, NO_NUMPY_DTYPE, BlockLayout
 from kvtransport.memory.plan import describe
 from kvtransport.memory.region import Region
@@ -72,6 +79,121 @@ def test_host_memory_refusals(nbytes: Any) -> None:
 
 def test_more_memory_than_there_is() -> None:
     with pytest.raises(ResourceLimit, match=f"no room for {1 << 60} bytes"):
+        HostMemory(1 << 60)
+
+
+def open_fds() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_others_can_map_it_to_read_and_nothing_else() -> None:
+    before = open_fds()
+    memory = HostMemory(5000)
+    fd = memory.fd
+    assert fd is not None
+    assert os.fstat(fd).st_size == 5000
+    assert os.fstat(fd).st_blocks * 512 >= 5000
+    with pytest.raises(PermissionError):
+        mmap.mmap(fd, 5000)
+    for change in (0, 10_000):
+        with pytest.raises(PermissionError):
+            os.ftruncate(fd, change)
+    with pytest.raises(PermissionError):
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
+    with mmap.mmap(fd, 5000, prot=mmap.PROT_READ) as reader:
+        memory[4999] = 3
+        assert reader[4999] == 3
+    memory.close()
+    assert memory.fd is None
+    del memory
+    assert open_fds() == before
+
+
+@pytest.mark.parametrize("nbytes", [5000, 32 << 20, (50 << 20) + 1])
+def test_a_peer_finds_each_byte_in_the_memfd(nbytes: int) -> None:
+    memory = HostMemory(nbytes)
+    assert memory.fd is not None
+    size = os.fstat(memory.fd).st_size
+    assert size == memory.fd_offset + nbytes
+    assert os.fstat(memory.fd).st_blocks * 512 >= size
+    with mmap.mmap(memory.fd, size, prot=mmap.PROT_READ) as reader:
+        for at in (0, 4096, nbytes // 2, nbytes - 1):
+            if at < nbytes:
+                memory[at] = 77
+                assert reader[memory.fd_offset + at] == 77
+
+
+def test_without_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(allocation, "_MADV_COLLAPSE", 999)  # as a kernel that doesn't know it
+    memory = HostMemory(32 << 20)
+    assert memory.fd is not None
+    assert os.fstat(memory.fd).st_blocks * 512 >= 32 << 20
+
+
+def test_a_forked_child_shares_it() -> None:
+    memory = HostMemory(4096)
+    child = os.fork()
+    if child == 0:
+        memory[7] = 9
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert memory[7] == 9
+
+
+def test_which_memory_holds_an_address() -> None:
+    first, second = HostMemory(4096), HostMemory(8192)
+    for memory in (first, second):
+        low, high = memory.address, memory.address + memory.nbytes
+        assert memory_holding(low, high) is memory
+        assert memory_holding(high - 1, high) is memory
+        assert memory_holding(low, high + 1) is None
+    freed = first.address
+    first.close()
+    assert memory_holding(freed, freed + 1) is None
+
+
+@pytest.mark.parametrize("limit", ["RLIMIT_FSIZE", "RLIMIT_AS", "RLIMIT_NOFILE"])
+def test_a_limit_of_the_process_is_said(limit: str) -> None:
+    """And no SIGBUS or SIGXFSZ. In a process of its own, which keeps the limit."""
+    code = f"""
+import os, resource, kvtransport, numpy
+from kvtransport.memory.allocation import HostMemory
+HostMemory(1 << 20)
+most = {{"RLIMIT_FSIZE": 1 << 20, "RLIMIT_AS": 1 << 30, "RLIMIT_NOFILE": os.dup(0)}}["{limit}"]
+resource.setrlimit(resource.{limit}, (most, most))
+try:
+    HostMemory(1 << 30)
+except kvtransport.ResourceLimit as e:
+    print(e)
+assert {limit == "RLIMIT_NOFILE"} or HostMemory(1 << 20).fd
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert "no room for 1073741824 bytes" in done.stdout
+    assert "ulimit" in done.stdout
+
+
+def test_more_than_is_available_is_refused_before_it_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(allocation, "available", lambda: 1 << 20)
+    before = open_fds()
+    with pytest.raises(ResourceLimit, match=r"no room for 1048577 bytes .*1048576 bytes are available"):
+        HostMemory((1 << 20) + 1)
+    assert open_fds() == before
+    assert HostMemory(1 << 20).fd is not None
+
+
+@pytest.mark.parametrize("why", [errno.ENOSYS, errno.EPERM])
+def test_private_where_there_is_no_memfd(why: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(name: str, flags: int) -> int:
+        raise OSError(why, os.strerror(why))
+
+    monkeypatch.setattr(os, "memfd_create", refuse)
+    memory = HostMemory(8 << 20)
+    assert memory.fd is None
+    memory[-1] = 3
+    assert np.frombuffer(memory, np.uint8)[-1] == 3
+    with pytest.raises(ResourceLimit, match="no room"):
         HostMemory(1 << 60)
 
 
