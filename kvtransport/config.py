@@ -29,7 +29,7 @@ MAX_CHUNK_NBYTES = MIB
 
 ENV_PREFIX = "KVTRANSPORT_"
 MEMORY_KINDS = ("host", "cuda")
-LATER_BACKENDS = ("shm", "ucx", "cuda_ipc")
+LATER_BACKENDS = ("ucx", "cuda_ipc")
 
 
 def available_cpus() -> int:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 MATCH_TIMEOUT_S = 300.0
 STALL_TIMEOUT_S = 10.0
+CHANNEL_S = 0.25
 
 
 class Connection:
@@ -323,7 +324,7 @@ class Connection:
     @property
     def backend(self) -> str:
         """The name of the way in use, "none" before there is one."""
-        return self._session.backend()
+        return "shm" if self._session.channel()[0] == "up" else self._session.backend()
 
     def close(self) -> None:
         """End the connection: what is unfinished here raises ConnectionClosed, the peer gets PeerLost(closed)."""
@@ -347,6 +348,10 @@ class Connection:
             return f"<Connection to {self.peer} {self.state} over {self.backend}>"
         except ForkedProcessError:
             return f"<Connection to {self.peer} of another process>"
+
+    def _settle(self) -> None:
+        """Wait a moment for memory to be shared, so that the first posts find it."""
+        self._session.wait_channel(CHANNEL_S)
 
     # --- for the acceptor and the endpoint -----------------------------------------------------------------
 

@@ -110,7 +110,9 @@ class Endpoint:
         timeout: in seconds; None: wait for ever.
         """
         self._check()
-        return self._acceptor.arrivals.take(timeout)
+        connection = self._acceptor.arrivals.take(timeout)
+        connection._settle()
+        return connection
 
     def connect(
         self, where: str | Sequence[str], timeout: float | None = 10, wait: bool = True

@@ -20,7 +20,7 @@ Protection: TypeAlias = Literal["plain", "digest", "aead"]
 PROTECTIONS: tuple[Protection, ...] = ("plain", "digest", "aead")
 """From the weakest to the strictest: the stricter of the two sides' is used."""
 
-BACKENDS: tuple[str, ...] = ("inproc", "tcp")
+BACKENDS: tuple[str, ...] = ("inproc", "shm", "tcp")
 """The ways to move bytes that this version has, the preferred first."""
 
 TransferState: TypeAlias = Literal["posted", "matched", "moving", "done", "failed", "cancelled"]

@@ -21,7 +21,7 @@ from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING, Final, Protocol
 
-from kvtransport.acceptor import direct, paths
+from kvtransport.acceptor import direct, paths, sharing
 from kvtransport.acceptor.arrivals import Arrivals, Throttle
 from kvtransport.acceptor.dialler import Dial, Request
 from kvtransport.acceptor.handover import open_session
@@ -31,6 +31,7 @@ from kvtransport.acceptor.places import Place, Places
 from kvtransport.acceptor.reachability import here, visible_pid
 from kvtransport.acceptor.roster import Found, Roster
 from kvtransport.backends.base import Listener, Policy, StreamBackend, Target
+from kvtransport.backends.shm import listen_for_channels
 from kvtransport.config import Config, available_cpus, default_lanes
 from kvtransport.errors import ConnectionClosed, KVTransportError
 from kvtransport.protocol import messages
@@ -82,6 +83,7 @@ class Acceptor:
         self._advertised: list[str] = []
         self._premade: dict[Place, Connection] = {}
         self._counts = {"handshakes_accepted": 0, "handshakes_refused": 0}
+        self._channels: socket.socket | None = None
         self._dials: dict[Place, Dial] = {}
         self._strangers: dict[Inbound, None] = {}  # oldest first
         self._throttle = Throttle(_log)
@@ -93,6 +95,7 @@ class Acceptor:
         """Begin."""
         if self._places.allows_inproc:
             self._places.inproc.enter(self.incarnation, self)
+        self._take_channels()
         self.loop.watch(self.engine.event_fd(), selectors.EVENT_READ, self._on_engine)
         self.loop.start()
 
@@ -173,6 +176,8 @@ class Acceptor:
         self.loop.abandon()
         for _, listener in self._listeners.values():
             listener.abandon()
+        if self._channels is not None:
+            self._channels.close()
 
     def stats(self) -> dict[str, int]:
         """Return counters: strangers let in, refused and timed out, tries that failed."""
@@ -204,9 +209,17 @@ class Acceptor:
     def open(self, sock: socket.socket, found: Found, wanted: Wanted | None) -> _native.Session:
         """Hand a control connection whose handshake is over to the engine, and make a Connection of it."""
         peer_pid = visible_pid(self.reachability, found.hello.reachability)
+        unix = sock.family == socket.AF_UNIX
+        refusal, _ = sharing.why_not(found, self.reachability, self._places.names, unix=unix)
         with self.roster.lock:
             session = open_session(
-                self.engine, sock, found.terms, self._config, backend=found.backend_name, peer_pid=peer_pid
+                self.engine,
+                sock,
+                found.terms,
+                self._config,
+                backend=found.backend_name,
+                peer_pid=peer_pid,
+                shared_memory=not refusal,
             )
             self.adopt(session, found, wanted, ready=wanted is None)
         return session
@@ -299,6 +312,16 @@ class Acceptor:
         """Add one to a counter."""
         with self._lock:
             self._counts[what] = self._counts.get(what, 0) + 1
+
+    def _take_channels(self) -> None:
+        """Listen for peers of this host that would share memory; natively, since they come to open sessions."""
+        if "shm" not in self._places.names:
+            return
+        try:
+            self._channels = listen_for_channels(self.incarnation)
+            self.engine.add_listener(self._channels.fileno())
+        except (OSError, KVTransportError) as e:
+            _log.warning("no memory can be shared with peers that dial this endpoint by TCP: %s", e)
 
     # --- connecting --------------------------------------------------------------------------------------
 
@@ -416,3 +439,5 @@ class Acceptor:
             with contextlib.suppress(KVTransportError):
                 self.engine.remove_listener(listener_id)
             listener.close()
+        if self._channels is not None:
+            self._channels.close()

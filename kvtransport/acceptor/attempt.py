@@ -26,6 +26,7 @@ from kvtransport.acceptor import proof
 from kvtransport.acceptor.channel import Channel, ClosedByPeer
 from kvtransport.acceptor.lanes import Lane, LaneState
 from kvtransport.acceptor.roster import Found, Ruling
+from kvtransport.acceptor.sharing import SETTLE_S, MemoryChannel, target_of
 from kvtransport.backends.base import LinkProof, StreamBackend, Target
 from kvtransport.errors import (
     AuthenticationError,
@@ -94,6 +95,8 @@ class Attempt:
         self._terms: Terms | None = None
         self._session: _native.Session | None = None
         self._lanes: list[Lane] = []
+        self._shared: MemoryChannel | None = None
+        self._settle_by = NEVER
 
     # --- for the Dial ------------------------------------------------------------------------------------
 
@@ -158,9 +161,9 @@ class Attempt:
             self._acceptor.loop.unwatch(self._channel.sock)
             self._channel.close()
             self._channel = None
-        for lane in self._lanes:
+        for lane in (*self._lanes, *((self._shared,) if self._shared else ())):
             lane.close()
-        self._lanes = []
+        self._lanes, self._shared = [], None
         if self._session is not None:
             self._session.close("local")
             self._session = None
@@ -298,6 +301,12 @@ class Attempt:
             Lane(acceptor, self._backend, self.target, self._session, n, self._on_lane)
             for n in range(terms.lanes)
         ]
+        if self._session.channel()[0] == "awaited":
+            self._shared = MemoryChannel(
+                acceptor, self._backend, target_of(found, self.target), self._session, self._on_lane
+            )
+            self._settle_by = acceptor.loop.now() + SETTLE_S
+            self._shared.dial()
         for lane in list(self._lanes):
             lane.dial()
 
@@ -309,7 +318,7 @@ class Attempt:
         broken = next((lane.error for lane in self._lanes if lane.error), None)
         if broken is not None:
             self._fail(str(broken), final=broken)
-        elif all(lane.state is LaneState.JOINED for lane in self._lanes):
+        elif all(lane.state is LaneState.JOINED for lane in self._lanes) and self._shared_is_settled():
             self._acceptor.roster.made_ready(session.id)
             connection = self._acceptor.roster.joined(hello.incarnation, self._wanted.connection, None)
             if connection is None:
@@ -317,6 +326,17 @@ class Attempt:
             self._session = None
             self.drop()
             self._wanted.succeeded(connection)
+
+    def _shared_is_settled(self) -> bool:
+        """Say whether the channel has come, won't come, or has taken too long; else look again soon."""
+        loop = self._acceptor.loop
+        if self._shared is None or self._shared.settled or loop.now() >= self._settle_by:
+            return True
+        if self._shared.state is LaneState.JOINED:  # the engine has it: a round trip is left
+            loop.call_at(loop.now() + 0.001, lambda now: self._on_lane())
+        else:
+            loop.call_at(self._settle_by, lambda now: self._on_lane())
+        return False
 
     def _wake_in(self, seconds: float) -> None:
         self._due = self._acceptor.loop.now() + seconds

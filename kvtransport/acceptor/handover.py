@@ -21,7 +21,14 @@ if TYPE_CHECKING:
 
 
 def open_session(
-    engine: _native.Engine, sock: socket.socket, terms: Terms, config: Config, *, backend: str, peer_pid: int
+    engine: _native.Engine,
+    sock: socket.socket,
+    terms: Terms,
+    config: Config,
+    *,
+    backend: str,
+    peer_pid: int,
+    shared_memory: bool,
 ) -> _native.Session:
     """Hand a control connection over to the engine, on the agreed terms."""
     limits = terms.peer.holds_peer_to()
@@ -40,4 +47,5 @@ def open_session(
         socket_buffer_nbytes=config.socket_buffer_nbytes or 0,
         peer_incarnation=terms.peer.incarnation,
         capabilities=terms.capabilities,
+        shared_memory=shared_memory,
     )

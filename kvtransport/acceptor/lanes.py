@@ -39,6 +39,8 @@ RETRY_LAST_S: Final = 0.2
 class Lane:
     """One lane on its way to its session."""
 
+    kind = Kind.LANE
+
     def __init__(
         self,
         acceptor: Acceptor,
@@ -120,7 +122,7 @@ class Lane:
             self.on_ready()
 
     def _send_join(self, sock: socket.socket) -> None:
-        preamble = Preamble(messages.VERSION_MIN, messages.VERSION_MAX, Kind.LANE, SUITE_NULL)
+        preamble = Preamble(messages.VERSION_MIN, messages.VERSION_MAX, self.kind, SUITE_NULL)
         join = messages.encode_join(self._session.id, self.number, os.urandom(16))
         data = preamble.encode() + join
         if sock.send(data, socket.MSG_NOSIGNAL) != len(data):  # a fresh socket takes 96 bytes at once
@@ -148,8 +150,11 @@ class Lane:
         self._acceptor.loop.unwatch(sock)
         self._sock = None
         self.state = LaneState.JOINED
-        self._session.add_lane(sock.detach(), self.number)
+        self._give(sock)
         self._on_change()
+
+    def _give(self, sock: socket.socket) -> None:
+        self._session.add_lane(sock.detach(), self.number)
 
     def _retry(self, reason: str) -> None:
         self.close()

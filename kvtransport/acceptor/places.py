@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from kvtransport.acceptor.loop import Loop
 from kvtransport.backends.base import DirectBackend, StreamBackend, Target
 from kvtransport.backends.inproc import InprocBackend, address_of
+from kvtransport.backends.shm import usable_here
 from kvtransport.backends.tcp import TcpBackend
 from kvtransport.errors import NoCommonPath
 from kvtransport.protocol.descriptor import is_descriptor, parse_descriptor
@@ -44,6 +45,7 @@ class Places:
         self._allowed = tuple(allowed or BACKENDS)
         host = (required or {}).get("host", BACKENDS)
         known: tuple[InprocBackend | TcpBackend, ...] = (self.inproc, self._tcp)
+        self._shares = "shm" in self._allowed and "shm" in host and usable_here()
         self._backends = sorted(
             (b for b in known if b.name in self._allowed and b.name in host),
             key=lambda b: self._allowed.index(b.name),
@@ -57,7 +59,8 @@ class Places:
     @property
     def names(self) -> tuple[str, ...]:
         """The names of the backends that are allowed, the preferred first."""
-        return tuple(backend.name for backend in self._backends)
+        mine = {backend.name for backend in self._backends} | ({"shm"} if self._shares else set())
+        return tuple(name for name in self._allowed if name in mine)
 
     def why_not(self, name: str) -> str:
         """Return why Config doesn't allow a backend; empty: it does."""

@@ -1,8 +1,9 @@
 """Memory that two processes of one host share: whether this machine allows it.
 
 Here: trials of what a shared-memory backend rests on: sealed memfds that are passed over unix sockets and mapped
-read-only, the death of a process by pidfd, and reading another process's memory. Not here: moving bytes that
-way, which this version doesn't do; nothing but `kvtransport doctor` imports this module.
+read-only, the death of a process by pidfd, and reading another process's memory; and where an endpoint takes the
+channels that descriptors are passed by. Not here: moving bytes that way (native), who dials a channel
+(`acceptor.sharing`).
 
 Invariant: a trial leaves no descriptor, mapping or process behind, and never forks the user's process.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 import array
 import errno
 import fcntl
+import functools
 import mmap
 import os
 import select
@@ -22,7 +24,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Final
 
-from kvtransport.backends.base import TRIAL_S, Viability
+from kvtransport.backends.base import TRIAL_S, Target, Viability
 
 F_SEAL_FUTURE_WRITE: Final = 0x10  # linux/fcntl.h; not in Python's fcntl before 3.13
 SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | F_SEAL_FUTURE_WRITE | fcntl.F_SEAL_SEAL
@@ -32,8 +34,35 @@ _CAP_SYS_PTRACE: Final = 19
 _NONCE_NBYTES: Final = 32
 
 
+CHANNEL_BACKLOG: Final = 64
+
+
+def channel_target(incarnation: bytes) -> Target:
+    """Return where an endpoint of this network namespace takes channels: a socket without a file."""
+    name = f"kvtransport-{incarnation.hex()}"
+    return Target(socket.AF_UNIX, "\0" + name, f"the socket @{name}")
+
+
+def listen_for_channels(incarnation: bytes) -> socket.socket:
+    """Open the listening socket at `channel_target`. OSError."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+    try:
+        sock.bind(channel_target(incarnation).sockaddr)
+        sock.listen(CHANNEL_BACKLOG)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+@functools.cache
+def usable_here() -> bool:
+    """Say whether sealed memory works on this machine; asked once in a process."""
+    return sealed_memory().usable
+
+
 class ShmBackend:
-    """The name, and whether it would work here. It moves nothing in this version."""
+    """The name, and whether it works here. Sessions come about by sockets (`tcp`); this is a way of theirs."""
 
     name = "shm"
 

@@ -184,6 +184,19 @@ class HostMemory(mmap.mmap):
         return numpy.frombuffer(self, dtype=numpy.uint8)
 
 
+def shared_with(addresses: list[tuple[int, int]]) -> list[tuple[int, int, int]]:
+    """Return (fd, address of the file's start, its bytes) of the memfds that some of [begin, end) lie in."""
+    found = []
+    for memory in list(_everything):
+        if memory.fd is None:
+            continue
+        begin = memory.address
+        end = begin + len(memory)
+        if any(begin <= first and last <= end for first, last in addresses):
+            found.append((memory.fd, begin - memory.fd_offset, end - begin + memory.fd_offset))
+    return found
+
+
 class PoolArray:
     """A layer's array in memory of ours: `torch.from_dlpack(array)`, `numpy.asarray(array)`.
 

@@ -165,6 +165,17 @@ class PoolPlan:
             raise ValueError(f"heads={heads!r}: choose at least one of the heads 0 to {count - 1}")
         return start, stop - start
 
+    def extents(self) -> list[tuple[int, int]]:
+        """Return [begin, end) of the addresses of each layer's parts, by their strides."""
+        found = []
+        for layer in self.layers:
+            for part in layer.parts:
+                reach = [(count - 1) * stride for count, stride in zip(part.shape, part.strides, strict=True)]
+                begin = part.address + sum(step for step in reach if step < 0)
+                end = part.address + sum(step for step in reach if step > 0) + part.itemsize
+                found.append((begin, end))
+        return found
+
     def released(self) -> PoolPlan:
         """Return the same plan without the user's arrays, which it no longer keeps alive."""
         nobody = Source(None)

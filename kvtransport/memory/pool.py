@@ -17,7 +17,7 @@ from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from kvtransport.errors import LocalProtocolError, WaitTimeout
-from kvtransport.memory.allocation import HostMemory, LayerArray, layer_arrays
+from kvtransport.memory.allocation import HostMemory, LayerArray, layer_arrays, shared_with
 from kvtransport.memory.layout import BlockLayout, LayerGroup
 from kvtransport.memory.plan import MAX_LAYERS, MAX_NAME_NBYTES, Group, PoolPlan, describe
 from kvtransport.memory.region import Watch
@@ -302,5 +302,6 @@ def _pool(
         [layer.native() for layer in plan.layers],
         named=plan.named,
         writable=plan.writable,
+        segments=shared_with(plan.extents()),
     )
     return BlockPool(plan, native, name=name, arrays=arrays, make_grant=make_grant, on_close=on_close)

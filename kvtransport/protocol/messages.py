@@ -67,6 +67,7 @@ class Kind(enum.IntEnum):
 
     CONTROL = 1
     LANE = 2
+    CHANNEL = 3
 
 
 # --- fixed-size messages ---------------------------------------------------------------------------------
@@ -101,7 +102,7 @@ def parse_preamble(data: bytes) -> Preamble:
     magic, version_min, version_max, kind, suites, zero, key_id = _PREAMBLE.unpack(data)
     if magic != MAGIC:
         raise RemoteProtocolError("the peer doesn't speak kvtransport: its first bytes are not the magic")
-    if zero or kind not in (Kind.CONTROL, Kind.LANE) or not 0 < version_min <= version_max:
+    if zero or kind not in tuple(Kind) or not 0 < version_min <= version_max:
         raise RemoteProtocolError("malformed preamble")
     return Preamble(version_min, version_max, Kind(kind), suites, key_id)
 

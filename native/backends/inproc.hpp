@@ -25,8 +25,8 @@ class InprocPath final : public Path, public std::enable_shared_from_this<Inproc
                      const std::shared_ptr<PathHost>& host_b);
 
     const char* name() const noexcept override { return "inproc"; }
-    std::optional<protocol::Bytes> locate(const protocol::Transfer&) override {
-        return protocol::Bytes();  // it is found by its WANT
+    std::optional<Located> locate(const SourceMemory&) override {
+        return Located();  // it is found by its WANT
     }
     void flush_control() override;
     void kick(std::uint64_t small_nbytes) override;

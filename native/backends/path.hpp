@@ -12,10 +12,26 @@
 #include <memory>
 #include <string>
 
+#include "base/fd.hpp"
+#include "memory/plan.hpp"
+#include "memory/segments.hpp"
 #include "protocol/lane.hpp"
 #include "protocol/session.hpp"
 
 namespace kvt::backends {
+
+/// A source's memory, for a path that tells the peer where it lies.
+struct SourceMemory {
+    const memory::StreamPlan& plan;
+    std::uint64_t pool;
+    const std::vector<memory::SharedSegment>& segments;  // that the pool's memory may lie in
+    bool mapped;                                         // all of it does
+};
+
+struct Located {
+    protocol::Bytes location;
+    std::shared_ptr<protocol::Loan> loan;
+};
 
 /// The engine's side of the seam. Every member takes the session's lock itself; none may be called with a
 /// path's lock held that quiesce() takes, except those of LaneHost.
@@ -44,6 +60,10 @@ class PathHost : public protocol::LaneHost {
     /// A lane's socket ended. The peer's last words on control say why, if it had any.
     virtual void lane_broke(const std::string& reason) = 0;
     virtual bool is_lost() const noexcept = 0;
+    /// Whether next_copy() is for this path: its way to the peer's memory has come up, or broken.
+    virtual void can_copy(bool can) = 0;
+    /// In the place of chunk_end(), for a copy: the way to the peer's memory is broken.
+    virtual void copy_broke(const protocol::ChunkTarget& target) = 0;
 
     /// For threads of others (the peer's in this process, one that marks a gate): while one is in, this
     /// side's engine stays. False when the connection has ended, and the engine may be gone.
@@ -79,9 +99,29 @@ class Path {
   public:
     virtual ~Path() = default;
     virtual const char* name() const noexcept = 0;
+    /// As results show it, where the destination copied.
+    virtual const char* name_of_copies() const noexcept { return name(); }
     /// Where the peer finds a source's stream, if it can copy it by itself; see protocol::Transfer::locate().
     /// Under the session's lock: it takes no lock of a host's and doesn't block.
-    virtual std::optional<protocol::Bytes> locate(const protocol::Transfer&) { return std::nullopt; }
+    virtual std::optional<Located> locate(const SourceMemory&) { return std::nullopt; }
+    /// The pool is closed: nothing of it is told any more.
+    virtual void forget_pool(std::uint64_t) {}
+
+    /// Sockets that join later. Lanes: takes the number for one that is about to join; false if it isn't one
+    /// of ours or was used.
+    virtual bool reserve_lane(std::uint32_t) { return false; }
+    /// The lane has not come about: its number may be taken again.
+    virtual void give_back_lane(std::uint32_t) {}
+    virtual void add_lane(Fd, std::uint32_t) {}
+    virtual unsigned lanes_up() const { return 0; }
+    /// The channel by which memory is shared.
+    enum class Channel { none, awaited, up };
+    virtual bool wants_channel() const { return false; }
+    virtual void add_channel(Fd) {}
+    virtual Channel channel() const { return Channel::none; }
+    virtual std::string channel_refusal() const { return {}; }
+    /// It won't come.
+    virtual void refuse_channel(const std::string&) {}
 
     /// Writes what take_control() gives, as far as it goes without blocking.
     virtual void flush_control() = 0;

@@ -24,8 +24,10 @@ using protocol::Violation;
 constexpr std::uint32_t kMagic = 0x314d'4853;  // "SHM1"
 constexpr std::size_t kTypeAt = 4, kIdAt = 8, kAAt = 16, kBAt = 24, kBytesAt = 32;
 
-bool known(std::uint32_t type) noexcept { return type >= 1 && type <= 5; }
-bool has_fd(ShmType type) noexcept { return type == ShmType::segment || type == ShmType::board; }
+bool known(std::uint32_t type) noexcept { return type >= 1 && type <= 7; }
+bool has_fd(ShmType type) noexcept {
+    return type == ShmType::segment || type == ShmType::board || type == ShmType::pool;
+}
 
 [[noreturn]] void fail(const char* what) { throw std::system_error(errno, std::generic_category(), what); }
 

@@ -30,11 +30,13 @@ inline constexpr std::size_t kShmQueuedMessages = 4096;
 inline constexpr std::size_t kShmPeerSegments = 1024;
 
 enum class ShmType : std::uint32_t {
-    segment = 1,  // id; a: its bytes; the memfd
-    gone = 2,     // id of a segment: nothing in it will be offered again
-    probe = 3,    // id; a: an address of the sender's; bytes: 16 that stand there
-    probed = 4,   // id of a probe; bytes: 16 that were read there
-    board = 5,    // a: its bytes; the memfd
+    segment = 1,    // id; a: its bytes; the memfd
+    gone = 2,       // id of a segment: nothing in it will be offered again
+    probe = 3,      // id; a: an address of the sender's; bytes: 16 that stand there
+    probed = 4,     // id of a probe; bytes: 16 that were read there
+    board = 5,      // a: its bytes; the memfd
+    pool = 6,       // id; a: bytes of its description; a memfd with that
+    pool_gone = 7,  // id of a pool
 };
 
 struct ShmMessage {

@@ -127,12 +127,10 @@ class TcpPath final : public Path {
     ~TcpPath() override;
 
     void start();
-    /// Takes the number for a lane that is about to join; false if it isn't one of ours or was used.
-    bool reserve_lane(std::uint32_t number);
-    /// The lane has not come about: its number may be taken again.
-    void give_back_lane(std::uint32_t number);
-    void add_lane(Fd fd, std::uint32_t number);
-    unsigned lanes_up() const;
+    bool reserve_lane(std::uint32_t number) override;
+    void give_back_lane(std::uint32_t number) override;
+    void add_lane(Fd fd, std::uint32_t number) override;
+    unsigned lanes_up() const override;
 
     const char* name() const noexcept override { return options_.name.c_str(); }
     void flush_control() override { control_->flush(); }

@@ -1,4 +1,5 @@
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <fcntl.h>
@@ -9,6 +10,7 @@
 #include <system_error>
 
 #include "backends/inproc.hpp"
+#include "backends/shm_path.hpp"
 #include "backends/tcp.hpp"
 #include "base/clock.hpp"
 #include "bindings/convert.hpp"
@@ -52,17 +54,23 @@ protocol::SessionConfig session_config(const engine::Engine& engine, const std::
 }
 
 void attach_tcp(PySession& session, Fd control, const std::string& session_id,
-                const protocol::SessionConfig& config, const backends::TcpOptions& options, int peer_pid) {
+                const protocol::SessionConfig& config, const backends::TcpOptions& options, int peer_pid,
+                bool shared_memory) {
     engine::Engine& engine = *session.engine;
     if (engine.closed()) {
         throw engine::NotUsable(protocol::Cause::connection_closed, "the endpoint is closed");
     }
     ::fcntl(control.get(), F_SETFL, ::fcntl(control.get(), F_GETFL) | O_NONBLOCK);
-    auto path = std::make_shared<backends::TcpPath>(session.connection, engine.reactor(), engine.movers(),
-                                                    std::move(control), options);
+    auto stream = std::make_shared<backends::TcpPath>(session.connection, engine.reactor(), engine.movers(),
+                                                      std::move(control), options);
+    std::shared_ptr<backends::Path> path = stream;
+    if (shared_memory) {
+        path = std::make_shared<backends::ShmPath>(session.connection, engine.reactor(), engine.movers(),
+                                                   stream);
+    }
     engine.rename(session.connection, session_id);
     session.connection->open(path, config);
-    path->start();
+    stream->start();
     if (peer_pid > 0) {
         session.connection->watch_process(peer_pid);
     }
@@ -74,7 +82,7 @@ PySession open_session(PyEngine& self, int control_fd, nb::bytes session_id, con
                        unsigned lanes, std::uint64_t chunk_nbytes, int peer_pid, const std::string& backend,
                        std::uint32_t peer_unmatched, std::uint32_t peer_regions,
                        std::uint64_t peer_message_queue_nbytes, int socket_buffer_nbytes,
-                       nb::bytes peer_incarnation, std::uint64_t capabilities) {
+                       nb::bytes peer_incarnation, std::uint64_t capabilities, bool shared_memory) {
     Fd control(control_fd);  // ours from here on, whatever the outcome
     require_alive(*self.engine);
     const std::string id(session_id.c_str(), session_id.size());
@@ -87,7 +95,7 @@ PySession open_session(PyEngine& self, int control_fd, nb::bytes session_id, con
         PySession session{self.engine, self.engine->new_connection(id), 0};
         session.connection->set_reader(reader);
         attach_tcp(session, std::move(control), id, config,
-                   {lanes, socket_buffer_nbytes, config.digest, backend}, peer_pid);
+                   {lanes, socket_buffer_nbytes, config.digest, backend}, peer_pid, shared_memory);
         return session;
     });
 }
@@ -150,13 +158,24 @@ nb::list recv_messages(PyEngine& self, double timeout_s) {
     return out;
 }
 
+using SegmentTuple = std::tuple<int, std::uintptr_t, std::uint64_t>;
+
 PyPool make_pool(PyEngine& engine, nb::object name, nb::list groups, nb::list layers, bool named,
-                 bool writable) {
+                 bool writable, const std::vector<SegmentTuple>& shared) {
     require_alive(*engine.engine);
     try {
+        std::vector<engine::Pool::Segment> segments;
+        for (const auto& [fd, base, nbytes] : shared) {
+            Fd own(::fcntl(fd, F_DUPFD_CLOEXEC, 0));
+            if (!own) {
+                throw std::system_error(errno, std::generic_category(), "a pool");
+            }
+            segments.push_back({std::move(own), base, nbytes});
+        }
         auto shape = to_shape(std::move(groups), std::move(layers), named);
         const std::string text = name.is_none() ? std::string() : nb::cast<std::string>(name);
-        return {engine.engine, engine.engine->new_pool(text, std::move(shape), writable)};
+        return {engine.engine,
+                engine.engine->new_pool(text, std::move(shape), writable, std::move(segments))};
     } catch (const nb::python_error&) {
         throw;
     } catch (const nb::builtin_exception&) {
@@ -272,12 +291,12 @@ void bind_pool(nb::module_& m) {
         .def(
             "__init__",
             [](PyPool* self, PyEngine& engine, nb::object name, nb::list groups, nb::list layers, bool named,
-               bool writable) {
+               bool writable, const std::vector<SegmentTuple>& segments) {
                 new (self) PyPool(make_pool(engine, std::move(name), std::move(groups), std::move(layers),
-                                            named, writable));
+                                            named, writable, segments));
             },
             nb::arg("engine"), nb::arg("name").none(), nb::arg("groups"), nb::arg("layers"), nb::kw_only(),
-            nb::arg("named"), nb::arg("writable"))
+            nb::arg("named"), nb::arg("writable"), nb::arg("segments") = nb::list())
         .def("close", &close_pool, nb::arg("timeout_s"))
         .def("in_use",
              [](const PyPool& self) {
@@ -372,7 +391,7 @@ void bind_sessions(nb::class_<PyEngine>& engine) {
              nb::arg("backend") = "tcp", nb::arg("peer_max_unmatched") = 1024,
              nb::arg("peer_max_regions") = 1024, nb::arg("peer_max_message_queue_nbytes") = 64u << 20,
              nb::arg("socket_buffer_nbytes") = 0, nb::arg("peer_incarnation") = nb::bytes("", 0),
-             nb::arg("capabilities") = 0)
+             nb::arg("capabilities") = 0, nb::arg("shared_memory") = false)
         .def("open_inproc_pair", &open_inproc_pair, nb::arg("other"), nb::kw_only(), nb::arg("session_id"),
              nb::arg("protection") = "plain", nb::arg("mine").none() = nb::none(),
              nb::arg("theirs").none() = nb::none())

@@ -4,7 +4,7 @@
 
 #include <optional>
 
-#include "backends/tcp.hpp"
+#include "backends/path.hpp"
 #include "bindings/convert.hpp"
 #include "bindings/objects.hpp"
 #include "bindings/raise.hpp"
@@ -118,16 +118,57 @@ void bind_lanes(nb::class_<PySession>& session) {
                 Fd own(fd);
                 require_alive(*self.engine);
                 translate([&] {
-                    const auto path = std::dynamic_pointer_cast<backends::TcpPath>(self.connection->path());
+                    const auto path = self.connection->path();
                     if (path && path->reserve_lane(number)) {
                         path->add_lane(std::move(own), number);
                     }
                 });
             },
             nb::arg("fd"), nb::arg("number"))
+        .def(
+            "add_channel",
+            [](PySession& self, int fd) {
+                Fd own(fd);
+                require_alive(*self.engine);
+                translate([&] {
+                    if (const auto path = self.connection->path(); path && path->wants_channel()) {
+                        path->add_channel(std::move(own));
+                    }
+                });
+            },
+            nb::arg("fd"))
+        .def(
+            "refuse_channel",
+            [](PySession& self, const std::string& why) {
+                require_alive(*self.engine);
+                if (const auto path = self.connection->path()) {
+                    path->refuse_channel(why);
+                }
+            },
+            nb::arg("why"))
+        .def("channel",  // "none", "awaited" or "up", and what is wrong with it
+             [](PySession& self) {
+                 require_alive(*self.engine);
+                 using Channel = backends::Path::Channel;
+                 const auto path = self.connection->path();
+                 const Channel state = path ? path->channel() : Channel::none;
+                 return nb::make_tuple(state == Channel::up        ? "up"
+                                       : state == Channel::awaited ? "awaited"
+                                                                   : "none",
+                                       path ? shown(path->channel_refusal()) : std::string());
+             })
+        .def(
+            "wait_channel",
+            [](PySession& self, double timeout_s) {
+                require_alive(*self.engine);
+                const std::int64_t until = until_of(timeout_s);
+                const Calling here(self.engine->callers);
+                translate([&] { self.connection->wait_channel(until); });
+            },
+            nb::arg("timeout_s"))
         .def("ready", [](PySession& self) {
             require_alive(*self.engine);
-            const auto path = std::dynamic_pointer_cast<backends::TcpPath>(self.connection->path());
+            const auto path = self.connection->path();
             return path == nullptr ? self.connection->is_open() : path->lanes_up() >= self.lanes;
         });
 }

@@ -13,7 +13,7 @@
 #include <system_error>
 #include <utility>
 
-#include "backends/tcp.hpp"
+#include "backends/path.hpp"
 #include "base/clock.hpp"
 #include "engine/engine.hpp"
 #include "protocol/bytes.hpp"
@@ -26,6 +26,7 @@ constexpr char kMagic[8] = {'K', 'V', 'T', 'R', 'N', 'S', 'P', '1'};
 constexpr char kJoinMagic[8] = {'K', 'V', 'T', 'J', 'O', 'I', 'N', '\0'};
 constexpr std::uint8_t kRoleControl = 1;
 constexpr std::uint8_t kRoleLane = 2;
+constexpr std::uint8_t kRoleChannel = 3;  // of shared memory, over a unix socket
 constexpr std::size_t kRoleAt = 12;
 constexpr std::uint16_t kVersion = 1;
 constexpr std::uint8_t kNullSuite = 1;
@@ -87,12 +88,13 @@ class Admission::Stranger final : public Pollable {
                 return;
             }
             const auto role = static_cast<std::uint8_t>(raw[kRoleAt]);
-            if (have == kPreambleNbytes && role == kRoleLane) {
+            const bool joins = role == kRoleLane || role == kRoleChannel;
+            if (have == kPreambleNbytes && joins) {
                 continue;
             }
             if (role == kRoleControl) {
                 owner_.hand_over(*this);
-            } else if (role == kRoleLane && is_well_formed_lane(raw)) {
+            } else if (joins && is_well_formed_lane(raw)) {
                 owner_.join(*this);
             } else {
                 owner_.forget(*this);
@@ -299,16 +301,18 @@ void Admission::join(Stranger& stranger) {
 void Admission::welcome(Stranger& stranger, Connection& connection) {
     const auto number = protocol::load_le<std::uint32_t>(stranger.raw.data() + kPreambleNbytes + 16);
     Fd fd = std::exchange(stranger.fd, Fd());
-    const auto path = std::dynamic_pointer_cast<backends::TcpPath>(connection.path());
-    const bool welcome = path != nullptr && path->reserve_lane(number);
+    const auto path = connection.path();
+    const bool channel = static_cast<std::uint8_t>(stranger.raw[kRoleAt]) == kRoleChannel;
+    const bool welcome = path != nullptr &&
+                         (channel ? number == 0 && path->wants_channel() : path->reserve_lane(number));
     std::array<std::byte, kJoinAnswerNbytes> answer{};
     std::memcpy(answer.data(), kJoinMagic, sizeof kJoinMagic);
     protocol::store_le(answer.data() + 8, number);
     protocol::store_le(answer.data() + 12, static_cast<std::uint32_t>(welcome ? 0 : 1));
     const auto n = ::send(fd.get(), answer.data(), answer.size(), MSG_NOSIGNAL | MSG_DONTWAIT);
     if (welcome && n == static_cast<ssize_t>(answer.size())) {
-        path->add_lane(std::move(fd), number);
-    } else if (welcome) {
+        channel ? path->add_channel(std::move(fd)) : path->add_lane(std::move(fd), number);
+    } else if (welcome && !channel) {
         path->give_back_lane(number);  // the dialler doesn't know of its welcome, and tries again
     }
 }

@@ -197,6 +197,9 @@ void Connection::forget_pool(std::uint64_t pool_id) {
         const std::lock_guard lock(mutex_);
         session_.forget_pool(pool_id);
     }
+    if (const auto way = path()) {
+        way->forget_pool(pool_id);
+    }
     settle();
 }
 
@@ -237,7 +240,8 @@ Connection::Output Connection::take_output() {
     output.gated = session_.gates_wait();
     output.deadline = session_.next_deadline();
     for (const auto& transfer : output.finished) {
-        static_cast<TransferHandle&>(*transfer).snapshot(backend_);
+        auto& handle = static_cast<TransferHandle&>(*transfer);
+        handle.snapshot(handle.located && path_ ? path_->name_of_copies() : backend_);
     }
     return output;
 }
@@ -336,6 +340,7 @@ Operation operation_of(const TransferHandle& handle) noexcept {
 void Connection::complete(const protocol::TransferPtr& transfer) {
     auto& handle = static_cast<TransferHandle&>(*transfer);
     engine_.release(handle);
+    handle.loan = nullptr;
     handle.block_pool()->unuse();
     if (handle.grant) {  // the peer's operation, counted there
         engine_.grants().served(handle, reader());

@@ -113,6 +113,10 @@ class Connection final : public backends::PathHost,
     void spoke() noexcept override;
     void lose(protocol::Cause cause, const std::string& reason) override { close(cause, reason, false); }
     void lane_broke(const std::string& reason) override;
+    void can_copy(bool can) override;
+    /// Until memory is shared with the peer, isn't going to be, or `until`.
+    void wait_channel(std::int64_t until);
+    void copy_broke(const protocol::ChunkTarget& target) override;
     bool is_lost() const noexcept override { return lost_.load(std::memory_order_acquire); }
     bool enter() noexcept override;
     void leave() noexcept override;
@@ -139,9 +143,7 @@ class Connection final : public backends::PathHost,
     void wait_inactive(const protocol::TransferPtr& transfer) override;
 
     /// The session's question, under its lock.
-    std::optional<protocol::Bytes> locate(const protocol::Transfer& source) const {
-        return path_ ? path_->locate(source) : std::nullopt;
-    }
+    std::optional<protocol::Bytes> locate(TransferHandle& source);
 
     std::string session_id() const {
         const std::lock_guard lock(mutex_);

@@ -3,6 +3,8 @@
 
 #include <utility>
 
+#include <chrono>
+
 #include "base/clock.hpp"
 #include "base/crc32c.hpp"
 #include "engine/connection.hpp"
@@ -126,6 +128,51 @@ std::optional<protocol::ChunkJob> Connection::next_chunk() {
 std::optional<protocol::ChunkTarget> Connection::next_copy() {
     const std::lock_guard lock(mutex_);
     return session_.next_copy(monotonic_ns());
+}
+
+std::optional<protocol::Bytes> Connection::locate(TransferHandle& source) {
+    const auto& pool = *source.block_pool();
+    auto located = path_ ? path_->locate({source.plan(), pool.id(), pool.segments(), pool.mapped()})
+                         : std::nullopt;
+    if (!located) {
+        return std::nullopt;
+    }
+    // A grant that has ended meanwhile ends what is lent by it: whoever rewrites waits for neither.
+    if (source.grant && located->loan && !engine_.grants().lend(source.grant, located->loan)) {
+        return std::nullopt;
+    }
+    source.loan = std::move(located->loan);
+    return std::move(located->location);
+}
+
+void Connection::can_copy(bool can) {
+    {
+        const std::lock_guard lock(mutex_);
+        session_.set_pulls(can, monotonic_ns());
+        inactive_.notify_all();
+    }
+    settle();
+}
+
+void Connection::wait_channel(std::int64_t until) {
+    using Channel = backends::Path::Channel;
+    std::unique_lock lock(mutex_);
+    const auto known = [&] { return path_ == nullptr || path_->channel() != Channel::awaited; };
+    while (!known()) {
+        const std::int64_t left = until - monotonic_ns();
+        if (left <= 0) {
+            return;
+        }
+        inactive_.wait_for(lock, std::chrono::nanoseconds(left));
+    }
+}
+
+void Connection::copy_broke(const protocol::ChunkTarget& target) {
+    const std::lock_guard lock(mutex_);
+    session_.copy_broke(target, monotonic_ns());
+    if (target.transfer->active == 0) {
+        inactive_.notify_all();
+    }
 }
 
 bool Connection::has_payload() {

@@ -223,14 +223,14 @@ void Engine::lost(const std::shared_ptr<Connection>& connection, Cause cause, co
 }
 
 std::shared_ptr<Pool> Engine::new_pool(std::string name, std::shared_ptr<const memory::PoolShape> shape,
-                                       bool writable) {
+                                       bool writable, std::vector<Pool::Segment> segments) {
     std::uint64_t id = 0;
     {
         const std::lock_guard lock(mutex_);
         id = next_pool_++;
     }
     busy_.add_pool(shape.get());
-    return std::make_shared<Pool>(id, std::move(name), std::move(shape), writable);
+    return std::make_shared<Pool>(id, std::move(name), std::move(shape), writable, std::move(segments));
 }
 
 bool Engine::close_pool(const std::shared_ptr<Pool>& pool, std::int64_t until) {

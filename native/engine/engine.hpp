@@ -70,7 +70,7 @@ class Engine {
     std::shared_ptr<Connection> find(const std::string& session_id);
     void forget(const Connection& connection);
     std::shared_ptr<Pool> new_pool(std::string name, std::shared_ptr<const memory::PoolShape> shape,
-                                   bool writable);
+                                   bool writable, std::vector<Pool::Segment> segments = {});
     bool close_pool(const std::shared_ptr<Pool>& pool, std::int64_t until);
 
     // For connections.

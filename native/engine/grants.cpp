@@ -82,6 +82,9 @@ void Grants::await(const Token& token, const std::shared_ptr<Connection>& waiter
 // a session asks, its lock is held: whatever touches sessions is the reactor's then.
 void Grants::finish(const Ended& ended, const protocol::Outcome& outcome, By by) {
     std::atomic_thread_fence(std::memory_order_seq_cst);
+    for (const GrantPtr& grant : ended) {
+        end_loans(*handle_of(grant));
+    }
     bool later = false;
     for (const GrantPtr& one : ended) {
         const GrantHandlePtr grant = handle_of(one);
@@ -104,6 +107,20 @@ void Grants::finish(const Ended& ended, const protocol::Outcome& outcome, By by)
     }
     if (later) {
         engine_.reactor().enqueue(shared_from_this());
+    }
+}
+
+// A loan's end is fenced by itself.
+void Grants::end_loans(GrantHandle& grant) {
+    std::vector<std::weak_ptr<protocol::Loan>> loans;
+    {
+        const std::lock_guard lock(mutex_);
+        loans.swap(grant.loans);
+    }
+    for (const auto& weak : loans) {
+        if (const auto loan = weak.lock()) {
+            loan->end();
+        }
     }
 }
 
@@ -212,6 +229,16 @@ bool Grants::serving(const GrantHandlePtr& grant, const std::shared_ptr<Transfer
     }
     std::erase_if(grant->served, [](const auto& known) { return known.expired(); });
     grant->served.push_back(transfer);
+    return true;
+}
+
+bool Grants::lend(const GrantHandlePtr& grant, const std::shared_ptr<protocol::Loan>& loan) {
+    const std::lock_guard lock(mutex_);
+    if (grant->state != GrantState::open) {
+        return false;
+    }
+    std::erase_if(grant->loans, [](const auto& known) { return known.expired(); });
+    grant->loans.push_back(loan);
     return true;
 }
 

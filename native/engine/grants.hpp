@@ -33,6 +33,7 @@ class GrantHandle final : public protocol::Grant, public Handle {
 
     // Under the lock of Grants; `result` is read after done().
     std::vector<std::weak_ptr<TransferHandle>> served;
+    std::vector<std::weak_ptr<protocol::Loan>> loans;
     std::unordered_map<std::string, std::weak_ptr<Connection>> holders;  // by reader
     Result result;  // of the last write, with the bytes of all; its outcome is the grant's
 
@@ -61,6 +62,8 @@ class Grants final : public Runnable, public std::enable_shared_from_this<Grants
     void await(const protocol::Token& token, const std::shared_ptr<Connection>& waiter);
     /// False: it has ended meanwhile.
     bool serving(const GrantHandlePtr& grant, const std::shared_ptr<TransferHandle>& transfer);
+    /// What was opened to the peer for a transfer by it; false: it has ended, and nothing may be.
+    bool lend(const GrantHandlePtr& grant, const std::shared_ptr<protocol::Loan>& loan);
     void served(const TransferHandle& transfer, const std::string& reader);
     void reader_gone(const std::string& reader, bool dead);
 
@@ -81,6 +84,7 @@ class Grants final : public Runnable, public std::enable_shared_from_this<Grants
     void finish(const Ended& ended, const protocol::Outcome& outcome, By by);
     void retire(const GrantHandlePtr& grant);
     void count(protocol::GrantState state);
+    void end_loans(GrantHandle& grant);
     void stop_served(const GrantHandlePtr& grant);
     void tell_holders(GrantHandle& grant);
 

@@ -1,5 +1,7 @@
 #include "engine/pool.hpp"
 
+#include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <utility>
 
@@ -7,8 +9,36 @@
 
 namespace kvt::engine {
 
-Pool::Pool(std::uint64_t id, std::string name, std::shared_ptr<const memory::PoolShape> shape, bool writable)
-    : id_(id), writable_(writable), shape_(std::move(shape)) {
+namespace {
+
+std::atomic<std::uint64_t> next_segment{1};
+
+bool lies_within(const memory::Extent& extent, const std::vector<memory::SharedSegment>& segments) {
+    return std::any_of(segments.begin(), segments.end(), [&](const auto& segment) {
+        return extent.begin >= segment.base && extent.end - segment.base <= segment.nbytes;
+    });
+}
+
+bool lies_within(const memory::PoolShape& shape, const std::vector<memory::SharedSegment>& segments) {
+    for (std::uint32_t layer = 0; layer < shape.layers().size(); ++layer) {
+        for (std::uint32_t part = 0; part < shape.layers()[layer].parts.size(); ++part) {
+            if (!lies_within(shape.extent(layer, part), segments)) {
+                return false;
+            }
+        }
+    }
+    return true;
+}
+
+}  // namespace
+
+Pool::Pool(std::uint64_t id, std::string name, std::shared_ptr<const memory::PoolShape> shape, bool writable,
+           std::vector<Segment> segments)
+    : id_(id), writable_(writable), shape_(std::move(shape)), segments_(std::move(segments)) {
+    for (const Segment& segment : segments_) {
+        shared_.push_back({next_segment++, segment.fd.get(), segment.base, segment.nbytes});
+    }
+    mapped_ = !shared_.empty() && lies_within(*shape_, shared_);
     terms_.name = std::move(name);
     terms_.named = shape_->named();
     for (const memory::Group& group : shape_->groups()) {

@@ -9,7 +9,10 @@
 #include <memory>
 #include <mutex>
 #include <string>
+#include <vector>
 
+#include "base/fd.hpp"
+#include "memory/segments.hpp"
 #include "memory/shape.hpp"
 #include "protocol/terms.hpp"
 
@@ -17,12 +20,22 @@ namespace kvt::engine {
 
 class Pool {
   public:
-    Pool(std::uint64_t id, std::string name, std::shared_ptr<const memory::PoolShape> shape, bool writable);
+    /// Shared memory that a pool may lie in: its descriptor, where it is mapped.
+    struct Segment {
+        Fd fd;
+        std::uintptr_t base;
+        std::uint64_t nbytes;
+    };
+    Pool(std::uint64_t id, std::string name, std::shared_ptr<const memory::PoolShape> shape, bool writable,
+         std::vector<Segment> segments = {});
 
     std::uint64_t id() const noexcept { return id_; }
     bool writable() const noexcept { return writable_; }
     const std::shared_ptr<const memory::PoolShape>& shape() const noexcept { return shape_; }
     const protocol::PoolTerms& terms() const noexcept { return terms_; }
+    const std::vector<memory::SharedSegment>& segments() const noexcept { return shared_; }
+    /// Whether all of its memory lies in them.
+    bool mapped() const noexcept { return mapped_; }
 
     /// False when the pool is closed, or somebody is closing it.
     bool use();
@@ -51,6 +64,9 @@ class Pool {
     bool writable_;
     std::shared_ptr<const memory::PoolShape> shape_;
     protocol::PoolTerms terms_;
+    std::vector<Segment> segments_;
+    std::vector<memory::SharedSegment> shared_;
+    bool mapped_ = false;
     mutable std::mutex mutex_;
     std::condition_variable idle_;
     std::uint64_t uses_ = 0;

@@ -81,6 +81,7 @@ void Session::on_again(const Header& header, std::span<const std::byte> body, Ti
     }
     transfer->attempt = header.attempt;
     transfer->located = false;
+    transfer->loan = nullptr;
     transfer->asked.clear();
     std::uint64_t again = 0;
     for (const Range& range : ranges) {

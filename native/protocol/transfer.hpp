@@ -134,6 +134,14 @@ struct Limits {
     Time total = kNever;  // durations
 };
 
+/// Memory of a source that is open to the peer for one transfer.
+class Loan {
+  public:
+    virtual ~Loan() = default;
+    /// Nothing that is read of it after this returns can be sealed. Any thread, any number of times.
+    virtual void end() noexcept = 0;
+};
+
 /// A session's record of one side of a transfer. The engine derives its handle from it; all fields belong to
 /// the session's lock.
 class Transfer {
@@ -185,6 +193,8 @@ class Transfer {
     std::uint16_t attempt = 1;
     std::string peer_meta;
     Bytes location;                    // destination: what LOCATED said
+    std::shared_ptr<void> found;       // destination: what the path made of that
+    std::shared_ptr<Loan> loan;        // source: what was opened for it
     RangeSet pending;                  // source: to be sent. destination: to be copied
     RangeSet asked;                    // source: what the WANT named and is behind a gate or pending
     RangeSet claimed;                  // destination: chunks begun

@@ -1,0 +1,183 @@
+#include "backends/shm_path.hpp"
+
+#include <system_error>
+#include <utility>
+
+namespace kvt::backends {
+
+// One mover's share of the copying.
+class ShmPath::Copier final : public Runnable {
+  public:
+    explicit Copier(std::weak_ptr<PathHost> host) : host_(std::move(host)) {}
+
+    void set_link(const std::shared_ptr<ShmLink>& link) {
+        const std::lock_guard lock(mutex_);
+        link_ = link;
+    }
+
+    bool run() override {
+        const auto host = host_.lock();
+        if (!host) {
+            return false;
+        }
+        const auto target = host->next_copy();
+        if (!target) {
+            return false;
+        }
+        std::shared_ptr<ShmLink> link;
+        {
+            const std::lock_guard lock(mutex_);
+            link = link_;
+        }
+        try {
+            copy(*host, link.get(), *target);
+        } catch (const protocol::Violation& violation) {
+            host->chunk_end(*target, {protocol::ChunkStatus::aborted}, false);
+            host->lose(protocol::Cause::protocol_error, violation.what());
+        }
+        host->settle();
+        if (link) {
+            link->act();
+        }
+        return true;
+    }
+
+    void failed(const std::exception& why) override {
+        if (const auto host = host_.lock()) {
+            host->give_up(why);
+        }
+    }
+
+  private:
+    static void copy(PathHost& host, ShmLink* link, const protocol::ChunkTarget& target) {
+        using Copied = ShmLink::Copied;
+        switch (link ? link->copy(*target.transfer, target.range) : Copied::broke) {
+            case Copied::good: host.chunk_end(target, {}, true); break;
+            case Copied::stale: host.chunk_end(target, {protocol::ChunkStatus::aborted}, false); break;
+            case Copied::broke: host.copy_broke(target); break;
+        }
+    }
+
+    std::weak_ptr<PathHost> host_;
+    std::mutex mutex_;
+    std::shared_ptr<ShmLink> link_;
+};
+
+ShmPath::ShmPath(const std::shared_ptr<PathHost>& host, EventLoop& reactor, std::vector<Mover*> movers,
+                 std::shared_ptr<Path> stream)
+    : host_(*host),
+      keep_host_(host),
+      reactor_(reactor),
+      movers_(std::move(movers)),
+      stream_(std::move(stream)) {
+    for (std::size_t i = 0; i < movers_.size(); ++i) {
+        copiers_.push_back(std::make_shared<Copier>(keep_host_));
+    }
+}
+
+ShmPath::~ShmPath() = default;
+
+std::shared_ptr<ShmLink> ShmPath::link() const {
+    const std::lock_guard lock(mutex_);
+    return link_;
+}
+
+std::optional<Located> ShmPath::locate(const SourceMemory& source) {
+    const auto there = link();
+    return there ? there->locate(source) : std::nullopt;
+}
+
+void ShmPath::forget_pool(std::uint64_t pool) {
+    if (const auto there = link()) {
+        there->forget_pool(pool);
+    }
+}
+
+void ShmPath::kick(std::uint64_t small_nbytes) {
+    if (link()) {
+        for (std::size_t i = 0; i < movers_.size(); ++i) {
+            movers_[i]->enqueue(copiers_[i]);
+        }
+    }
+    stream_->kick(small_nbytes);
+}
+
+void ShmPath::quiesce(const protocol::TransferPtr& transfer) {
+    if (transfer->loan) {
+        transfer->loan->end();  // from here on nothing that is read of it can be sealed
+    }
+    if (transfer->located && transfer->role == protocol::Role::destination) {
+        host_.wait_inactive(transfer);  // a chunk's time
+    }
+    stream_->quiesce(transfer);
+}
+
+void ShmPath::close() {
+    std::shared_ptr<ShmLink> there;
+    {
+        const std::lock_guard lock(mutex_);
+        closed_ = true;
+        there = link_;
+    }
+    if (there) {
+        there->close();
+    }
+    stream_->close();
+}
+
+// ---- the channel
+
+bool ShmPath::wants_channel() const {
+    const std::lock_guard lock(mutex_);
+    return !closed_ && !link_;
+}
+
+void ShmPath::add_channel(Fd fd) {
+    std::shared_ptr<ShmLink> made;
+    try {
+        made = std::make_shared<ShmLink>(keep_host_, reactor_, std::move(fd));
+    } catch (const protocol::Violation& violation) {
+        refuse_channel(violation.what());
+        return;
+    } catch (const std::system_error& error) {
+        refuse_channel(error.what());
+        return;
+    }
+    {
+        const std::lock_guard lock(mutex_);
+        if (closed_ || link_) {
+            return;
+        }
+        link_ = made;
+    }
+    for (const auto& copier : copiers_) {
+        copier->set_link(made);
+    }
+    made->start();
+}
+
+Path::Channel ShmPath::channel() const {
+    const auto there = link();
+    if (there && there->up()) {
+        return Channel::up;
+    }
+    const std::lock_guard lock(mutex_);
+    return refusal_.empty() ? Channel::awaited : Channel::none;
+}
+
+std::string ShmPath::channel_refusal() const {
+    if (const auto there = link()) {
+        return there->why_not();
+    }
+    const std::lock_guard lock(mutex_);
+    return refusal_;
+}
+
+void ShmPath::refuse_channel(const std::string& why) {
+    const std::lock_guard lock(mutex_);
+    if (refusal_.empty()) {
+        refusal_ = why;
+    }
+}
+
+}  // namespace kvt::backends
