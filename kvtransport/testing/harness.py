@@ -131,6 +131,7 @@ def harnesses() -> dict[str, Harness]:
     """Return a harness for each way that this version has, by name."""
     return {
         "tcp": Harness("tcp", "127.0.0.1:0"),
+        "shm": Harness("shm", "127.0.0.1:0", config={"backends": ["shm", "tcp"]}),
         "unix": UnixHarness("tcp", "unix:"),
         "inproc": InprocHarness("inproc", "inproc:", processes=False),
     }

@@ -199,6 +199,7 @@ class Connection final : public backends::PathHost,
         protocol::Time deadline = protocol::kNever;
     };
     Output take_output();
+    std::string way_of(const TransferHandle& handle) const;
     std::shared_ptr<TransferHandle> make_handle(PostArgs& args);
     std::shared_ptr<Connection> heir() const;
     /// Does `work` under the lock, unless there is an heir whose it is; returns that.

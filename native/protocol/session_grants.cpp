@@ -214,6 +214,7 @@ bool Session::serve(const WaitingRead& read, Time now) {
     }
     const TransferPtr& transfer = service.transfer;
     transfer->want = read.id;
+    transfer->pulls = read.pulls;
     begin_serving(transfer, now);
     matched_.emplace(read.id, transfer);
     apply(transfer, Event::match, now);

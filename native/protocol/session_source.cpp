@@ -55,6 +55,7 @@ void Session::match_source(const TransferPtr& transfer, UnmatchedWant want, Time
         return;
     }
     transfer->want = want.id;
+    transfer->pulls = want.pulls;
     transfer->peer_meta = want.body.meta;
     matched_.emplace(want.id, transfer);
     if (!result.in_order) {

@@ -184,7 +184,7 @@ class Transfer {
     bool told = false;  // an OFFER (source) or WANT (destination) has gone out
     bool offer_seen = false;   // destination: an OFFER for it was read
     bool offer_known = false;  // destination: offer_due has been said
-    bool pulls = false;        // destination: its WANT said that it can copy
+    bool pulls = false;        // the WANT said that the destination can copy
     bool located = false;      // the destination copies
     bool again_due = false;    // destination: can't go on copying; asks for chunks when the last copy is over
     bool gate_shut = false;    // source: nothing released is unsent. destination: the peer's GATED
