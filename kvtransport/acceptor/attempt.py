@@ -60,8 +60,12 @@ class Wanted(Protocol):
     def yielded(self, reason: str) -> None:
         """Look again when the roster has changed, or after a pause."""
 
-    def failed(self, reason: str, final: KVTransportError | None = None, *, short: bool = False) -> None:
-        """Try elsewhere or later. `final`: an error that no try there will mend; `short`: of descriptors."""
+    def failed(
+        self, reason: str, final: KVTransportError | None = None, *, short: bool = False, late: bool = False
+    ) -> None:
+        """Try elsewhere or later. `final`: an error that no try there will mend; `short`: of descriptors;
+        `late`: it took as long as a try may.
+        """
 
 
 class State(enum.Enum):
@@ -114,14 +118,14 @@ class Attempt:
         machine = self._acceptor.machine(Role.INITIATOR, self._backend, self.target)
         machine.start()
         self._channel = Channel(sock, machine)
-        self._try_s, self._deadline = try_s, self._acceptor.loop.now() + try_s
-        self._acceptor.loop.call_at(self._deadline, self.on_time)
+        self._try_s = try_s
+        self._limit()
         self._acceptor.loop.watch(sock, selectors.EVENT_WRITE, self._on_connected)
 
     def on_time(self, now: float) -> None:
         """Do what is due."""
         if self._deadline <= now and self.state in (State.CONNECT, State.PROVE, State.TALK):
-            self._fail(f"{self.target} took longer than {self._try_s:g} s: {self.state.value}")
+            self._fail(f"{self.target} took longer than {self._try_s:g} s: {self.state.value}", late=True)
         elif self._due <= now and self.state is State.PROVE:
             self._due = NEVER
             self._prove()
@@ -276,6 +280,7 @@ class Attempt:
             waited, self.state = self.state is State.WAIT, State.TALK
             channel.machine.proceed()
             if waited:
+                self._limit()  # the time before was the other handshake's
                 self._talk()
         elif ruling is Ruling.FULL:
             error = ResourceLimit("as many peers are connected as max_connections allows")
@@ -338,6 +343,11 @@ class Attempt:
             loop.call_at(self._settle_by, lambda now: self._on_lane())
         return False
 
+    def _limit(self) -> None:
+        """Begin the time that the try may take."""
+        self._deadline = self._acceptor.loop.now() + self._try_s
+        self._acceptor.loop.call_at(self._deadline, self.on_time)
+
     def _wake_in(self, seconds: float) -> None:
         self._due = self._acceptor.loop.now() + seconds
         self._acceptor.loop.call_at(self._due, self.on_time)
@@ -351,6 +361,8 @@ class Attempt:
         """Fail for a reason of the system; too few descriptors are told as such."""
         self._fail(error.strerror or str(error), short=error.errno in (errno.EMFILE, errno.ENFILE))
 
-    def _fail(self, reason: str, final: KVTransportError | None = None, *, short: bool = False) -> None:
+    def _fail(
+        self, reason: str, final: KVTransportError | None = None, *, short: bool = False, late: bool = False
+    ) -> None:
         self.drop()
-        self._wanted.failed(reason, final, short=short)
+        self._wanted.failed(reason, final, short=short, late=late)

@@ -34,8 +34,10 @@ PAUSE_FIRST_S: Final = 0.02
 PAUSE_LAST_S: Final = 0.5
 TRY_S: Final = 1.0
 """How long one address may take, from the dial to the end of the handshake, where there are others to try.
-Twice as long in each further round: a peer may be slow.
+Twice as long after each round in which one took that long: a peer may be slow. Up to TRY_LAST_S: no address
+is silent for the others' whole time.
 """
+TRY_LAST_S: Final = 8.0
 
 
 @dataclass(eq=False)
@@ -62,6 +64,7 @@ class Dial:
         self._due = 0.0
         self._pause_s = PAUSE_FIRST_S
         self._try_s = TRY_S
+        self._late = False  # a try of this round took that long
         self._several = len(place.addresses) > 1
         self._addresses_left: deque[str] = deque()
         self._targets_left: deque[tuple[StreamBackend, Target]] = deque()
@@ -135,10 +138,12 @@ class Dial:
         self._pause()
         self._acceptor.loop.post(self.on_roster)
 
-    def failed(self, reason: str, final: KVTransportError | None = None, *, short: bool = False) -> None:
+    def failed(
+        self, reason: str, final: KVTransportError | None = None, *, short: bool = False, late: bool = False
+    ) -> None:
         """Go on with the next address."""
         self._end_try(reason)
-        self._short = short
+        self._short, self._late = short, self._late or late
         self._final = final or self._final
         self._next()
 
@@ -169,7 +174,8 @@ class Dial:
         self._due = self._acceptor.loop.now() + self._pause_s
         self._acceptor.loop.call_at(self._due, self.on_time)
         self._pause_s = min(2 * self._pause_s, PAUSE_LAST_S)
-        self._try_s *= 2
+        if self._late:
+            self._try_s, self._late = min(2 * self._try_s, TRY_LAST_S), False
 
     def _find(self, where: str) -> None:
         """Make targets of an address, or join an endpoint of this process."""
