@@ -1,0 +1,42 @@
+"""What is told of the ways that a session doesn't use."""
+
+import dataclasses
+import logging
+
+import msgspec
+import pytest
+
+from kvtransport import Config, Endpoint
+from kvtransport.acceptor import paths
+
+pytestmark = pytest.mark.timeout(60)
+
+
+@pytest.fixture
+def session():
+    """Return (what a session by sockets within this process was found to be, its endpoint's acceptor)."""
+    with Endpoint() as ours, Endpoint() as theirs:
+        connection = ours.connect(theirs.listen("127.0.0.1:0"), timeout=20)
+        yield connection.peer, ours._acceptor.roster.found(connection), ours._acceptor
+
+
+def test_an_endpoint_of_this_process_by_its_socket_is_warned_of(session, caplog):
+    peer, found, acceptor = session
+    with caplog.at_level(logging.INFO, "kvtransport.paths"):
+        paths.log(peer, found, acceptor._places, acceptor.reachability)
+    assert "inproc is the better way to" in caplog.text
+
+
+def test_the_first_process_of_another_container_is_another_process(session, caplog):
+    """The containers of a pod share a network namespace, and the main process of each is number 1."""
+    peer, found, acceptor = session
+    ours = msgspec.structs.replace(acceptor.reachability, pid=1)
+    theirs = msgspec.structs.replace(ours, pid_ns=ours.pid_ns + 1, pid_started=ours.pid_started + 1)
+    hello = msgspec.structs.replace(found.hello, reachability=theirs)
+    found = dataclasses.replace(found, terms=dataclasses.replace(found.terms, peer=hello))
+    assert [refusal.reason for refusal in paths.refusals(found, acceptor._places, ours)] == [
+        "the peer is another process"
+    ]
+    with caplog.at_level(logging.INFO, "kvtransport.paths"):
+        paths.log(peer, found, acceptor._places, ours)
+    assert [record.levelname for record in caplog.records] == ["INFO"]
