@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING, Final, Protocol
+from weakref import ref
 
 from kvtransport.acceptor import direct, paths, sharing
 from kvtransport.acceptor.arrivals import Arrivals, Throttle
@@ -78,7 +79,8 @@ class Acceptor:
         self._config = config
         self._make_connection = make_connection
         self._places = Places(config.backends, config.require)
-        self._lock = threading.Lock()  # of the four below
+        self._lock = threading.Lock()  # of the five below
+        self._ended = False
         self._listeners: dict[int, tuple[StreamBackend, Listener]] = {}
         self._advertised: list[str] = []
         self._premade: dict[Place, Connection] = {}
@@ -103,11 +105,13 @@ class Acceptor:
         """Listen at an address; return it with its real port. See Endpoint.listen."""
         backend = self._places.stream(where)
         for address in advertise:
-            self._places.stream(address)
+            self._places.stream(address).check(address)
         listener = backend.listen(where, self.policy)
         try:
             addresses = list(advertise) or [listener.reachable_as]
             with self._lock:
+                if self._ended:
+                    raise ConnectionClosed("the endpoint is closed")
                 if len(self._advertised) + len(addresses) > messages.ADDRESSES_MAX:
                     raise ValueError(f"an endpoint has at most {messages.ADDRESSES_MAX} addresses")
                 # Peers refuse a HELLO or a descriptor out of its bounds, and with it this endpoint.
@@ -149,11 +153,18 @@ class Acceptor:
             if connection is None or connection.state == "lost":
                 peer = Peer(place.expected or b"", address=place.addresses[0])
                 connection = self._premade[place] = self._make_connection(peer, "", None)
-                connection._on_close = partial(self._on_close, place, connection)
+                connection._on_close = partial(self._on_close, place, ref(connection))  # no cycle
         request = Request(Future(), timeout_s, self.loop.now() + timeout_s, connection)
         if not self.loop.post(lambda: self._serve(place, request)):
+            self.forget_early(place, connection)
             connection._fail(ConnectionClosed("the endpoint is closed"))
         return connection
+
+    def forget_early(self, place: Place, connection: Connection | None) -> None:
+        """Give a Connection that was made before its session to nobody else who asks for this place."""
+        with self._lock:
+            if connection is not None and self._premade.get(place) is connection:
+                del self._premade[place]
 
     def stop(self) -> None:
         """End: who waits for a peer gets ConnectionClosed, listening sockets are closed. Idempotent."""
@@ -292,10 +303,6 @@ class Acceptor:
 
     def dial_over(self, dial: Dial) -> None:
         """Forget a Dial that has its outcome."""
-        with self._lock:
-            premade = self._premade.get(dial.place)
-            if premade is not None and (premade is dial.connection or premade.state != "connecting"):
-                del self._premade[dial.place]
         if self._dials.get(dial.place) is dial:
             del self._dials[dial.place]
 
@@ -351,8 +358,12 @@ class Acceptor:
         if future.cancelled():
             self.loop.post(lambda: dial.on_time(self.loop.now()))
 
-    def _on_close(self, place: Place, connection: Connection) -> None:
+    def _on_close(self, place: Place, closed: ref[Connection]) -> None:
         """A Connection that was made before its session is closed: end its Dial, if nobody else waits."""
+        connection = closed()
+        if connection is None:
+            return
+        self.forget_early(place, connection)
 
         def forget() -> None:
             dial = self._dials.get(place)
@@ -435,6 +446,8 @@ class Acceptor:
             dial.end(closed)
         for inbound in list(self._strangers):
             inbound.end("the endpoint was closed", expected=True)
+        with self._lock:
+            self._ended = True  # from here on nobody adds one
         for listener_id, (_, listener) in self._listeners.items():
             with contextlib.suppress(KVTransportError):
                 self.engine.remove_listener(listener_id)

@@ -54,6 +54,9 @@ class Wanted(Protocol):
     expected: bytes | None
     connection: Connection | None
 
+    def forget(self, connection: Connection) -> None:
+        """Serve those no more who were given this Connection: it has ended."""
+
     def succeeded(self, connection: Connection) -> None:
         """Take the Connection of the session, or of another one with the same peer."""
 
@@ -149,7 +152,8 @@ class Attempt:
         """Fail if that was ours, and its lanes weren't all there."""
         if self._session is not None and self._session.id == session_id:
             self._session = None
-            self._wanted.connection = None  # it has been told, and stays lost
+            if self._wanted.connection is not None:  # it has been told, and stays lost
+                self._wanted.forget(self._wanted.connection)
             self._fail("the session was lost while its lanes were joined")
 
     def displace(self) -> None:

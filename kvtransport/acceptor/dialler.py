@@ -83,9 +83,9 @@ class Dial:
         self._acceptor.loop.call_at(request.deadline, self.on_time)
 
     def forget(self, connection: Connection) -> None:
-        """Serve those no more who were given this Connection: it was closed."""
+        """Serve those no more who were given this Connection: it has ended."""
         if self.connection is connection:
-            self.connection = None
+            self._let_go()
         self._requests = [request for request in self._requests if request.connection is not connection]
         self._expire(self._acceptor.loop.now())
 
@@ -212,8 +212,22 @@ class Dial:
             elif request.deadline <= now:
                 self._requests.remove(request)
                 _settle(request.future, self._timed_out(request.timeout_s))
+                self._expire_early(request)
         if not self._requests and not self.over:
             self._finish(self._timed_out(self._timeout_s))
+
+    def _expire_early(self, request: Request) -> None:
+        """Fail a Connection whose last request has waited long enough, though others wait for the peer."""
+        early = request.connection
+        if early is None or early is not self.connection or early.state != "connecting":
+            return
+        if all(other.connection is not early for other in self._requests):
+            self._let_go()
+            early._fail(self._timed_out(request.timeout_s))
+
+    def _let_go(self) -> None:
+        self._acceptor.forget_early(self.place, self.connection)
+        self.connection = None
 
     def _timed_out(self, timeout_s: float) -> KVTransportError:
         where = " or ".join(self.place.addresses)
@@ -235,6 +249,7 @@ class Dial:
         for request in self._requests:
             _settle(request.future, outcome)
         self._requests.clear()
+        self._let_go()
         self._acceptor.dial_over(self)
 
 

@@ -5,6 +5,7 @@ import threading
 
 import pytest
 
+from kvtransport.acceptor.lanes import Lane
 from kvtransport.errors import ConnectionClosed, WaitTimeout
 
 LIMIT_S = 20
@@ -34,6 +35,62 @@ def test_closed_while_nobody_is_there(endpoint, turns, free_port):
     assert early.state == "lost"
     with pytest.raises(ConnectionClosed):
         early.send_message(b"late")
+
+
+def test_closed_before_its_first_try(endpoint, turns, free_port):
+    ours, held = endpoint(), threading.Event()
+    ours._acceptor.loop.post(lambda: held.wait(LIMIT_S))
+    for number in range(100):
+        ours.connect(f"127.0.0.{1 + number}:{free_port}", timeout=60, wait=False).close()
+    assert not ours._acceptor._premade
+    held.set()
+    turns.until(lambda: not ours._acceptor.loop._posted)
+    assert not ours._acceptor._dials
+
+
+def test_made_while_the_endpoint_closes(endpoint, free_port):
+    ours = endpoint()
+    ours._acceptor.stop()
+    late = ours.connect(f"127.0.0.1:{free_port}", timeout=60, wait=False)
+    assert late.state == "lost"
+    assert not ours._acceptor._premade
+
+
+def test_its_own_timeout_where_another_waits_longer(endpoint, turns, free_port):
+    ours, theirs = endpoint(), endpoint()
+    where = f"127.0.0.1:{free_port}"
+    patient = ours._acceptor.connect(where, 60)
+    longer = ours.connect(where, timeout=0.3, wait=False)
+    assert ours.connect(where, timeout=0.1, wait=False) is longer
+    assert ours.connect(f"127.0.0.1:{free_port}", timeout=0.2, wait=False) is longer
+    turns.until(lambda: longer.state == "lost")
+    assert "within 0.3 s" in str(longer._error)
+    assert not ours._acceptor._premade
+    assert not patient.done()
+    theirs.listen(where)
+    messages_pass(patient.result(LIMIT_S), theirs.accept(LIMIT_S))
+
+
+@pytest.mark.parametrize("patient", [False, True])
+def test_lost_while_its_lanes_are_joined(endpoint, turns, monkeypatch, patient):
+    ours, theirs = endpoint(), endpoint()
+    where, dial, kept = theirs.listen("127.0.0.1:0"), Lane.dial, []
+    monkeypatch.setattr(Lane, "dial", lambda lane: kept.append(lane))
+    early = ours.connect(where, timeout=60, wait=False)
+    future = ours._acceptor.connect(where, 60) if patient else None
+    first = theirs.accept(LIMIT_S)
+    turns.until(lambda: kept)
+    monkeypatch.setattr(Lane, "dial", dial)
+    first.close()
+    turns.until(lambda: early.state == "lost" and early._error is not None)
+    if future is not None:
+        assert future.result(LIMIT_S) is not early
+        messages_pass(future.result(), theirs.accept(LIMIT_S))
+        return
+    turns.until(lambda: not ours._acceptor._dials)  # nobody waits any more: nobody dials
+    assert not ours._acceptor._premade
+    with pytest.raises(WaitTimeout):
+        theirs.accept(timeout=0.2)
 
 
 @pytest.mark.parametrize("wait", [True, False])

@@ -338,3 +338,11 @@ def test_an_idle_endpoint_sleeps(turns):
         woken.clear()
         select.select([], [], [], 0.5)
         assert len(woken) <= 2
+
+
+def test_listen_while_it_closes(tmp_path):
+    with Endpoint(TCP) as ours:
+        ours._acceptor.stop()
+        with pytest.raises(ConnectionClosed):
+            ours._acceptor.listen(f"unix:{tmp_path}/late", ())
+    assert not list(tmp_path.iterdir())

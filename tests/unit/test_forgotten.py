@@ -12,6 +12,7 @@ from kvtransport.backends.inproc import InprocBackend
 from kvtransport.completion import LoopBridges
 from kvtransport.config import Config
 from kvtransport.endpoint import Endpoint
+from tests.waiting import until
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -61,6 +62,22 @@ def test_an_endpoint_keeps_its_pools_until_they_are_closed():
         assert one.stats()["pools"] == 2
         pools[0].close()
         assert one.stats()["pools"] == 1
+
+
+@pytest.mark.parametrize("when", ["before its first try", "while it is tried", "when it was open"])
+def test_a_closed_connection_does_not_keep_its_endpoint(when):
+    one, there = Endpoint(Config(backends=("tcp",))), Endpoint(Config(backends=("tcp",)))
+    where = there.listen("127.0.0.1:0") if when == "when it was open" else "127.0.0.1:1"
+    kept = weakref.ref(one)
+    early = one.connect(where, timeout=3600, wait=False)
+    if when == "while it is tried":
+        until(lambda: one._acceptor._dials)
+    elif when == "when it was open":
+        until(lambda: early.state == "open" and not one._acceptor._dials)
+    early.close()
+    del one, early
+    until(lambda: kept() is None, 5)  # with no help of the garbage collector
+    there.close()
 
 
 @pytest.mark.parametrize("step", ["enter", "find", "leave"])

@@ -66,6 +66,11 @@ def test_the_reason_tells_which_was_silent(endpoint, monkeypatch, silent):
         ("unix:{tmp}/a\tb", ()),
         (LOOPBACK, ("x" * 300 + ":7000",)),
         (LOOPBACK, ("a\x1bb:7000",)),
+        (LOOPBACK, ("name:99999",)),
+        (LOOPBACK, ("name:\uff18\uff10",)),
+        (LOOPBACK, ("name:",)),
+        (LOOPBACK, ("127.0.0.1:7000", "fe80::1:7000")),
+        (LOOPBACK, ("unix:",)),
         (LOOPBACK, tuple("é" * 240 + f"{n}:7000" for n in range(16)) + ("y" * 240 + ":7000",)),
     ],
 )
