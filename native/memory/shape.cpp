@@ -140,7 +140,7 @@ void PoolShape::classify() {
 }
 
 std::string PoolShape::describe_layer(std::uint32_t layer) const {
-    return memory::describe_layer(layers_, named_, layer);
+    return memory::describe_layer(layers_, layer);
 }
 
 Heads PoolShape::canonical(std::uint32_t layer, Heads heads) const {

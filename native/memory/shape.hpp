@@ -111,7 +111,7 @@ class PoolShape {
     void require_within(std::uint32_t layer, std::uint32_t part, std::uintptr_t base,
                         std::uint64_t nbytes) const;
 
-    // "layer 'model.3'", or "layer 3" in a pool whose layers have no names.
+    // "layer 'model.3'": as the user knows it, whether peers pair by it or not.
     std::string describe_layer(std::uint32_t layer) const;
 
   private:

@@ -132,7 +132,7 @@ void check_shape(const std::vector<Group>& groups, const std::vector<Layer>& lay
         try {
             check_layer(layers[i], groups);
         } catch (const std::invalid_argument& error) {
-            refuse(describe_layer(layers, named, i) + ": " + error.what());
+            refuse(describe_layer(layers, i) + ": " + error.what());
         }
     }
 }
@@ -148,8 +148,9 @@ Extent part_extent(const Part& part, std::uint64_t num_blocks) {
     return {static_cast<std::uintptr_t>(begin), static_cast<std::uintptr_t>(end)};
 }
 
-std::string describe_layer(const std::vector<Layer>& layers, bool named, std::uint32_t layer) {
-    return named ? "layer '" + layers.at(layer).name + "'" : "layer " + std::to_string(layer);
+std::string describe_layer(const std::vector<Layer>& layers, std::uint32_t layer) {
+    const std::string& name = layers.at(layer).name;
+    return name.empty() ? "layer " + std::to_string(layer) : "layer '" + name + "'";
 }
 
 }  // namespace kvt::memory

@@ -21,6 +21,6 @@ void check_shape(const std::vector<Group>& groups, const std::vector<Layer>& lay
 // address.
 Extent part_extent(const Part& part, std::uint64_t num_blocks);
 
-std::string describe_layer(const std::vector<Layer>& layers, bool named, std::uint32_t layer);
+std::string describe_layer(const std::vector<Layer>& layers, std::uint32_t layer);
 
 }  // namespace kvt::memory

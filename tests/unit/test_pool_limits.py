@@ -69,3 +69,12 @@ def test_the_largest_pool_there_is():
         assert received.result(LIMIT_S).nbytes == 1024 * 64
         assert all((array[1] == 3).all() and not array[0].any() for array in arrays.values())
         assert there.state == here.state == "open"
+
+
+def test_errors_about_arrays_name_layers_as_the_pool_does(endpoint):
+    """Also where the user gave no names."""
+    overlaps = np.lib.stride_tricks.as_strided(layer().reshape(-1), (4, 4, 4), (16, 2, 1), writeable=False)
+    assert endpoint.register([layer(), layer()]).layer_names == ("layer0", "layer1")
+    for wrong in (overlaps, np.zeros((4,) + (1,) * 20, np.uint8)):
+        with pytest.raises(ValueError, match=r"^layer 'layer1': "):
+            endpoint.register([layer(), wrong])
