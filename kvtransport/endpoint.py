@@ -430,6 +430,7 @@ def _engine(incarnation: bytes, config: Config) -> _native.Engine:
         max_message_queue_nbytes=config.max_message_queue_nbytes,
         max_control_queue_nbytes=config.max_control_queue_nbytes,
         max_transfer_pieces=config.max_transfer_pieces,
+        max_protocol_nbytes=config.max_protocol_nbytes,
     )
 
 

@@ -387,6 +387,13 @@ class Acceptor:
                     connection._lost(cause, detail)
                 for dial in list(self._dials.values()):
                     dial.on_session_lost(session_id)
+            case ("dropped", bytes(session_id), int(count)):
+                self._throttle.warning(
+                    "%d messages of %s, which is lost, were dropped: what waits for recv_messages is beyond "
+                    "max_protocol_nbytes",
+                    count,
+                    sender.peer if (sender := self.roster.sender(session_id, count)) else "a peer",
+                )
             case ("log", int(level), str(message)):
                 _native_log.log(level, "%s", message)
 

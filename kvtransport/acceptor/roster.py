@@ -218,21 +218,21 @@ class Roster:
             self._forget_if_idle(entry)
             return connections
 
-    def sender(self, session_id: bytes) -> Connection | None:
-        """Return whose message was taken from the engine: of a session that may be lost by now.
+    def sender(self, session_id: bytes, count: int = 1) -> Connection | None:
+        """Return whose messages were taken from the engine, `count` of them: of a session that may be lost by now.
 
-        To be called once for each message: a lost Connection is kept until the last one that has come.
+        To be called for each message, once: a lost Connection is kept until the last one that has come.
         """
         with self.lock:
             entry = self._by_session.get(session_id)
             if entry is not None:
-                entry.messages_taken += 1
+                entry.messages_taken += count
                 return entry.connections[0]
             lost = self._lost.get(session_id)
             if lost is None:
                 return None
-            lost.messages_waiting -= 1
-            if not lost.messages_waiting:
+            lost.messages_waiting -= count
+            if lost.messages_waiting <= 0:
                 del self._lost[session_id]
             return lost.connection
 

@@ -31,7 +31,9 @@ nb::tuple event_tuple(const engine::Event& event) {
         case Kind::lost:
             return nb::make_tuple("lost", nb::bytes(event.session_id.data(), event.session_id.size()),
                                   event.cause, shown(event.text));
-        case Kind::messages: return nb::make_tuple("message");
+        case Kind::dropped:
+            return nb::make_tuple("dropped", nb::bytes(event.session_id.data(), event.session_id.size()),
+                                  event.count);
         case Kind::log: break;
     }
     return nb::make_tuple("log", event.level, shown(event.text));
@@ -313,7 +315,8 @@ nb::class_<PyEngine> declare_engine(nb::module_& m) {
             [](PyEngine* self, nb::bytes incarnation, unsigned movers, std::vector<int> cpus,
                double dead_after_s, double handshake_timeout_s, std::uint32_t max_pending,
                std::uint32_t max_unmatched, std::uint32_t max_regions, std::uint64_t max_message_queue_nbytes,
-               std::size_t max_control_queue_nbytes, std::uint64_t max_transfer_pieces) {
+               std::size_t max_control_queue_nbytes, std::uint64_t max_transfer_pieces,
+               std::uint64_t max_protocol_nbytes) {
                 engine::Options options;
                 options.incarnation.assign(incarnation.c_str(), incarnation.size());
                 options.movers = movers;
@@ -325,6 +328,7 @@ nb::class_<PyEngine> declare_engine(nb::module_& m) {
                 options.session.regions = max_regions;
                 options.session.message_queue_nbytes = max_message_queue_nbytes;
                 options.max_transfer_pieces = max_transfer_pieces;
+                options.max_protocol_nbytes = max_protocol_nbytes;
                 options.session.outbox_nbytes = max_control_queue_nbytes;
                 // Not less than by default: an honest peer's burst, read at once, may have so many answers.
                 options.session.answers_nbytes = std::max(options.session.answers_nbytes,
@@ -336,7 +340,7 @@ nb::class_<PyEngine> declare_engine(nb::module_& m) {
             nb::arg("dead_after_s"), nb::arg("handshake_timeout_s"), nb::arg("max_pending") = 64,
             nb::arg("max_unmatched") = 1024, nb::arg("max_regions") = 1024,
             nb::arg("max_message_queue_nbytes") = 64u << 20, nb::arg("max_control_queue_nbytes") = 1u << 20,
-            nb::arg("max_transfer_pieces") = 16u << 20);
+            nb::arg("max_transfer_pieces") = 16u << 20, nb::arg("max_protocol_nbytes") = 256u << 20);
 }
 
 void bind_listeners(nb::class_<PyEngine>& engine) {

@@ -34,15 +34,17 @@ struct Options {
     protocol::Time handshake_timeout_ns = 3'000'000'000;
     std::uint32_t max_pending = 64;
     std::uint64_t max_transfer_pieces = 16u << 20;
+    std::uint64_t max_protocol_nbytes = 256u << 20;
     protocol::SessionConfig session;  // what every session begins with: the limits of Config
 };
 
 /// What Python's thread should hear of.
 struct Event {
-    enum class Kind { accepted, lost, log, messages } kind{};
+    enum class Kind { accepted, lost, log, dropped } kind{};
     std::uint64_t listener = 0;
-    int fd = -1;           // accepted: the receiver owns it
-    std::string preamble;  // accepted
+    std::uint64_t count = 0;  // dropped: messages of a lost session that nobody takes any more
+    int fd = -1;              // accepted: the receiver owns it
+    std::string preamble;     // accepted
     std::string session_id, cause, text;
     int level = 0;
 };
@@ -111,6 +113,9 @@ class Engine {
     std::vector<std::shared_ptr<Connection>> all_connections();
     protocol::Time tick_all(protocol::Time now, bool heartbeat, bool resumed);
     protocol::Time poll_gated(protocol::Time now);
+    using Waiting = std::pair<std::shared_ptr<Connection>, protocol::Bytes>;
+    std::uint64_t waiting_nbytes() const noexcept;
+    std::vector<Waiting> drop_of_lost();
 
     Options options_;
     std::uint64_t generation_;
@@ -146,7 +151,9 @@ class Engine {
 
     std::mutex messages_mutex_;
     std::shared_ptr<Fd> messages_event_;  // null when closed
-    std::deque<std::pair<std::shared_ptr<Connection>, protocol::Bytes>> messages_;
+    std::deque<Waiting> messages_;
+    std::uint64_t messages_nbytes_ = 0, drop_at_;                   // charges; when to look for what can go
+    std::unordered_map<const Connection*, std::uint64_t> senders_;  // how many of each
 };
 
 }  // namespace kvt::engine
