@@ -397,7 +397,7 @@ class Connection:
 
     def _end(self, error: KVTransportError, cause: str) -> None:
         with self._lock:
-            if self._error is None:
+            if self._error is None or _tells_more(error, self._error):
                 self._error = error
             session = self._session
         session.close(cause)
@@ -490,6 +490,13 @@ class Connection:
         if not isinstance(pool, BlockPool):
             raise TypeError(f"pool is {type(pool).__name__}, not a BlockPool (Endpoint.register makes one)")
         pool.check()
+
+
+def _tells_more(error: KVTransportError, before: KVTransportError) -> bool:
+    """Say whether it is found to have restarted who was only known to be gone."""
+    if not isinstance(error, PeerLost) or not isinstance(before, PeerLost):
+        return False
+    return error.cause == "restarted" and before.cause in ("reset", "heartbeat")
 
 
 def _require_queue(queue: object) -> None:

@@ -30,7 +30,7 @@ from kvtransport.acceptor.inbound import Inbound
 from kvtransport.acceptor.loop import Loop
 from kvtransport.acceptor.places import Place, Places
 from kvtransport.acceptor.reachability import here, visible_pid
-from kvtransport.acceptor.roster import Found, Roster
+from kvtransport.acceptor.roster import SILENT_S, Found, Roster
 from kvtransport.backends.base import Listener, Policy, StreamBackend, Target
 from kvtransport.backends.shm import listen_for_channels
 from kvtransport.config import Config, available_cpus, default_lanes
@@ -271,7 +271,26 @@ class Acceptor:
         return [dial for dial in list(self._dials.values()) if dial.wants(incarnation)]
 
     def retire_predecessors(self, hello: Hello, address: str | None) -> None:
-        """Tell the Connections of earlier incarnations, whose place a peer has taken, that they are gone."""
+        """Tell the Connections of earlier incarnations, whose place a peer has taken, that they are gone.
+
+        Who may live behind the same address is looked at once more: called by the thread, if there is an address.
+        """
+        self._retire(hello, address)
+        if self.roster.has_rivals(hello, address):
+            self._look_later(hello, address)
+
+    def _look_later(self, hello: Hello, address: str | None) -> None:
+        due = self.loop.now() + SILENT_S
+
+        def look(now: float) -> None:
+            if now - due > SILENT_S / 2:  # this process stood still: it hasn't heard what was said meanwhile
+                self._look_later(hello, address)
+            else:
+                self._retire(hello, address)
+
+        self.loop.call_at(due, look)
+
+    def _retire(self, hello: Hello, address: str | None) -> None:
         sessions, connections = self.roster.predecessors(hello, address)
         for connection in connections:
             connection._lost("restarted", f"another endpoint is in its place: {hello.incarnation[:4].hex()}")

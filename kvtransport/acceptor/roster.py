@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
 REMEMBERED: Final = 256
 """Lost Connections that are still known, to tell them of a restart."""
+SILENT_S: Final = 0.5
+"""Who has said nothing for so long may be gone: two of the pings that he would send (native/engine/engine.hpp)."""
 
 
 class Holder(Protocol):
@@ -252,9 +254,9 @@ class Roster:
     ) -> tuple[list[_native.Session], list[Connection]]:
         """Return the sessions and Connections of earlier incarnations that a new peer has taken the place of.
 
-        It has if it says to listen where they did, and either we have dialled it there, where we had found
-        them, or their process is seen to be gone. What two say of themselves alone proves nothing: both may
-        live, behind one name.
+        It has if it says to listen where they did, and either their process is seen to be gone, or we have
+        dialled it there, where we had found them, and they are lost or silent. What two say of themselves
+        proves nothing, nor that one is found where the other was: both may live, behind one name or address.
         """
         with self.lock:
             sessions = [
@@ -271,13 +273,21 @@ class Roster:
                     connections.append(connection)
             return sessions, connections
 
+    def has_rivals(self, hello: Hello, address: str | None) -> bool:
+        """Say whether others are open who were found where a new peer is: they may fall silent soon."""
+        with self.lock:
+            return any(
+                entry.session is not None and _is_where(hello, address, entry)
+                for entry in self._entries.values()
+            )
+
     def _replaces(self, hello: Hello, address: str | None, entry: Entry) -> bool:
-        if entry.incarnation == hello.incarnation or entry.found is None:
+        if not _shared(hello, entry) or entry.found is None:
             return False
-        shared = set(hello.addresses) & set(entry.found.hello.addresses)
-        if address in shared and address in entry.dialled:
+        if has_ended(self._reachability, entry.found.hello.reachability):
             return True
-        return bool(shared) and has_ended(self._reachability, entry.found.hello.reachability)
+        silent = entry.session is None or entry.session.silent_s() >= SILENT_S
+        return silent and _is_where(hello, address, entry)
 
     def _listens_at(self, entry: Entry) -> tuple[str, ...]:
         """Return the addresses that a peer told, if they mean the same here."""
@@ -288,6 +298,18 @@ class Roster:
     def _forget_if_idle(self, entry: Entry) -> None:
         if entry.holder is None and entry.session is None:
             self._entries.pop(entry.incarnation, None)
+
+
+def _shared(hello: Hello, entry: Entry) -> set[str]:
+    """Return the addresses where a new peer and an earlier one say to listen."""
+    if entry.incarnation == hello.incarnation or entry.found is None:
+        return set()
+    return set(hello.addresses) & set(entry.found.hello.addresses)
+
+
+def _is_where(hello: Hello, address: str | None, entry: Entry) -> bool:
+    """Say whether the new peer was dialled at one of these, and the earlier one had been found there."""
+    return address in entry.dialled and address in _shared(hello, entry)
 
 
 def _ignore() -> None:

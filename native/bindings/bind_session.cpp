@@ -246,6 +246,11 @@ void bind_views(nb::class_<PySession>& session) {
                         : self.connection->is_open() ? "open"
                                                      : "connecting";
              })
+        .def("silent_s",
+             [](const PySession& self) {
+                 require_alive(*self.engine);
+                 return static_cast<double>(self.connection->silent_ns()) / 1e9;
+             })
         .def("lost_reason",
              [](const PySession& self) {
                  require_alive(*self.engine);

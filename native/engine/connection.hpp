@@ -110,6 +110,8 @@ class Connection final : public backends::PathHost,
     std::optional<protocol::ChunkTarget> next_copy() override;
     bool has_payload() override;
     void heard() noexcept override;
+    /// For how long nothing has come from the peer.
+    protocol::Time silent_ns() const noexcept;
     void spoke() noexcept override;
     void lose(protocol::Cause cause, const std::string& reason) override { close(cause, reason, false); }
     void lane_broke(const std::string& reason) override;

@@ -181,6 +181,8 @@ bool Connection::has_payload() {
 }
 
 void Connection::heard() noexcept { heard_at_.store(monotonic_ns(), std::memory_order_relaxed); }
+
+Time Connection::silent_ns() const noexcept { return monotonic_ns() - heard_at_.load(); }
 void Connection::spoke() noexcept { spoke_at_.store(monotonic_ns(), std::memory_order_relaxed); }
 
 protocol::ChunkTarget Connection::chunk_begin(const protocol::Header& header) {

@@ -251,6 +251,7 @@ def test_f17_a_peer_that_restarts_at_its_address(turns):
         turns.until(lambda: before._error is not None)
         assert before.state == "lost"
         assert isinstance(before._error, PeerLost)
+        assert before._error.cause == "restarted"
         end(second)
 
 

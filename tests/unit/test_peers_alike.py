@@ -3,7 +3,6 @@
 import pytest
 
 from kvtransport import Config, Endpoint
-from kvtransport.errors import PeerLost
 
 LIMIT_S = 20
 pytestmark = pytest.mark.timeout(120)
@@ -23,24 +22,6 @@ def test_two_that_advertise_one_name_live_side_by_side(endpoint):
         assert [data for _, data in one.recv_messages(timeout=LIMIT_S)] == [b"back"]
         assert connection.state == accepted.state == "open"
     assert len(hub.connections()) == 3
-
-
-def test_f17_who_is_found_where_another_was_has_taken_its_place(endpoint, turns, monkeypatch, free_port):
-    """The old one's end is not told: its host has lost power, say."""
-    ours, before, after = endpoint(), endpoint(), endpoint()
-    where = f"127.0.0.1:{free_port}"
-    before.listen(where)
-    old = ours.connect(where)
-    for listener_id, (_, listener) in list(before._acceptor._listeners.items()):
-        before.engine.remove_listener(listener_id)
-        listener.close()
-    after.listen(where)
-    monkeypatch.setattr(ours._acceptor, "_connected", lambda place: None)  # as if it had been lost
-    new = ours.connect(where, timeout=LIMIT_S)
-    assert new.peer.incarnation == after.incarnation
-    turns.until(lambda: old.state == "lost")
-    assert isinstance(old._error, PeerLost)
-    assert old._error.cause == "restarted"
 
 
 def test_messages_of_peers_that_are_gone_are_all_there(endpoint):

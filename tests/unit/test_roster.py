@@ -32,6 +32,10 @@ class Session:
     def __init__(self, number=0):
         self.id = number.to_bytes(16, "big")
         self.messages = 0
+        self.silent = 0.0
+
+    def silent_s(self):
+        return self.silent
 
     def stats(self):
         return {"messages_received": self.messages}
@@ -204,30 +208,36 @@ def test_a_told_address_counts_on_the_same_host_only():
 @pytest.mark.parametrize(
     ("old", "new", "address", "replaced"),
     [
-        (ENDED, HERE, None, True),
-        (HERE, HERE, None, False),
-        (HERE, HERE, "127.0.0.1:7", True),
-        (ELSEWHERE, ELSEWHERE, "10.0.0.1:7", True),
-        (ELSEWHERE, ELSEWHERE, None, False),
-        (HERE, ELSEWHERE, None, False),
-        (ELSEWHERE, HERE, None, False),
+        (ENDED, HERE, None, "always"),
+        (ENDED, HERE, "127.0.0.1:7", "always"),
+        (HERE, HERE, None, "never"),
+        (HERE, HERE, "127.0.0.1:7", "lost or silent"),
+        (ELSEWHERE, ELSEWHERE, "10.0.0.1:7", "lost or silent"),
+        (ELSEWHERE, ELSEWHERE, None, "never"),
+        (HERE, ELSEWHERE, None, "never"),
+        (ELSEWHERE, HERE, None, "never"),
     ],
 )
-def test_who_takes_whose_place(old, new, address, replaced):
+@pytest.mark.parametrize(("lost", "silent"), [(False, 0.0), (False, 0.4), (False, 0.6), (True, 0.0)])
+def test_who_takes_whose_place(old, new, address, replaced, lost, silent):
     told = (address or "127.0.0.1:7",)
-    for lost in (False, True):
-        r, connection, session = roster(), Connection(), Session()
-        before = found(HIGH, address=address, addresses=told, reachability=old)
-        after = found(b"n" * 16, addresses=told, reachability=new)
-        r.opened(before, session, connection, ready=True)
-        if lost:
-            r.lost(session.id)
-        sessions, connections = r.predecessors(after.hello, address)
-        assert connections == ([connection] if replaced else [])
-        assert sessions == ([session] if replaced and not lost else [])
-        assert r.predecessors(before.hello, address) == ([], [])
-        elsewhere = msgspec.structs.replace(after.hello, addresses=("127.0.0.1:8",))
-        assert r.predecessors(elsewhere, address) == ([], [])
+    when = {"always": True, "never": False, "lost or silent": lost or silent > 0.5}
+    replaced = when[replaced]
+    r, connection, session = roster(), Connection(), Session()
+    session.silent = silent
+    before = found(HIGH, address=address, addresses=told, reachability=old)
+    after = found(b"n" * 16, addresses=told, reachability=new)
+    r.opened(before, session, connection, ready=True)
+    if lost:
+        r.lost(session.id)
+    sessions, connections = r.predecessors(after.hello, address)
+    assert connections == ([connection] if replaced else [])
+    assert sessions == ([session] if replaced and not lost else [])
+    assert r.has_rivals(after.hello, address) == (address is not None and not lost)
+    assert r.predecessors(before.hello, address) == ([], [])
+    assert not r.has_rivals(before.hello, address)
+    elsewhere = msgspec.structs.replace(after.hello, addresses=("127.0.0.1:8",))
+    assert r.predecessors(elsewhere, address) == ([], [])
 
 
 class Side:
