@@ -64,20 +64,24 @@ def test_an_endpoint_keeps_its_pools_until_they_are_closed():
         assert one.stats()["pools"] == 1
 
 
-@pytest.mark.parametrize("when", ["before its first try", "while it is tried", "when it was open"])
-def test_a_closed_connection_does_not_keep_its_endpoint(when):
-    one, there = Endpoint(Config(backends=("tcp",))), Endpoint(Config(backends=("tcp",)))
-    where = there.listen("127.0.0.1:0") if when == "when it was open" else "127.0.0.1:1"
-    kept = weakref.ref(one)
+def closed_connection(when, where):
+    """Make an endpoint with a Connection that is closed; return a reference to the endpoint, when all forget it."""
+    one = Endpoint(Config(backends=("tcp",)))
     early = one.connect(where, timeout=3600, wait=False)
     if when == "while it is tried":
         until(lambda: one._acceptor._dials)
     elif when == "when it was open":
         until(lambda: early.state == "open" and not one._acceptor._dials)
     early.close()
-    del one, early
-    until(lambda: kept() is None, 5)  # with no help of the garbage collector
-    there.close()
+    return weakref.ref(one)
+
+
+@pytest.mark.parametrize("when", ["before its first try", "while it is tried", "when it was open"])
+def test_a_closed_connection_does_not_keep_its_endpoint(when):
+    with Endpoint(Config(backends=("tcp",))) as there:
+        where = there.listen("127.0.0.1:0") if when == "when it was open" else "127.0.0.1:1"
+        kept = closed_connection(when, where)
+        until(lambda: kept() is None, 5)  # with no help of the garbage collector
 
 
 @pytest.mark.parametrize("step", ["enter", "find", "leave"])

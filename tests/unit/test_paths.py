@@ -6,7 +6,7 @@ import logging
 import msgspec
 import pytest
 
-from kvtransport import Config, Endpoint
+from kvtransport import Endpoint
 from kvtransport.acceptor import paths
 
 pytestmark = pytest.mark.timeout(60)

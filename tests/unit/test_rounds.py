@@ -86,7 +86,9 @@ def test_a_name_whose_first_address_is_silent(endpoint, monkeypatch, rounds):
 def test_a_try_that_has_waited_for_another_handshake_has_a_limit_again():
     timers, failed, clock = [], [], [100.0]
     loop = SimpleNamespace(
-        now=lambda: clock[0], call_at=lambda when, call: timers.append((when, call)), unwatch=lambda sock: None
+        now=lambda: clock[0],
+        call_at=lambda when, call: timers.append((when, call)),
+        unwatch=lambda sock: None,
     )
     roster = SimpleNamespace(claim=lambda incarnation, one: Ruling.GO, release=lambda incarnation, one: None)
     wanted = SimpleNamespace(failed=lambda reason, final, **why: failed.append((reason, why)))
