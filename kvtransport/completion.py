@@ -11,8 +11,11 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import threading
 from typing import TYPE_CHECKING, Any, Protocol
+
+from kvtransport.errors import ForkedProcessError
 
 if TYPE_CHECKING:
     import asyncio
@@ -53,6 +56,7 @@ class CompletionQueue:
     def poll(self) -> list[Handle[Any]]:
         """Return the handles that have finished since the last call, in the order in which they did. Never blocks."""
         finished = []
+        self.native.fileno()  # raises in a forked child, where the lock may be held for ever
         with self._lock:
             for tag in self.native.poll():
                 handle = self._handles.pop(tag, None)
@@ -117,6 +121,7 @@ class LoopBridges:
     def __init__(self, make_queue: Any) -> None:
         """`make_queue()` returns a fresh native queue."""
         self._make_queue = make_queue
+        self._pid = os.getpid()
         self._lock = threading.RLock()  # the garbage collector may close them within `here`
         self._bridges: dict[asyncio.AbstractEventLoop, LoopBridge] = {}
 
@@ -124,6 +129,8 @@ class LoopBridges:
         """Return the bridge of the running loop."""
         import asyncio  # whoever has a loop has it already; import kvtransport alone needn't pay for it
 
+        if os.getpid() != self._pid:  # where the lock may be held for ever
+            raise ForkedProcessError("this handle is the parent's; make another Endpoint after fork()")
         loop = asyncio.get_running_loop()
         with self._lock:
             bridge = self._bridges.get(loop)

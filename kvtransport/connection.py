@@ -92,7 +92,7 @@ class Connection:
         Raises ValueError and TypeError for misuse, LocalProtocolError (key in use, pool closed, an array that moved
         since it was registered), PeerLost or ConnectionClosed (this connection has ended).
         """
-        gate = None if after is None else require_gate(after, pool).native
+        gate = None if after is None else self._gate(after, pool)
         limits = (match_timeout_s, stall_timeout_s, _total(timeout_s))
         post = self._session.post_send
         return self._post(
@@ -396,6 +396,7 @@ class Connection:
         self._end(kept, f"reset: {error}")
 
     def _end(self, error: KVTransportError, cause: str) -> None:
+        _ = self._session.id  # raises in a forked child, where the lock may be held for ever
         with self._lock:
             if self._error is None or _tells_more(error, self._error):
                 self._error = error
@@ -426,7 +427,7 @@ class Connection:
     ) -> Transfer:
         """Make one native call: the session's `post`, with `own` in the middle of its arguments."""
         if stream is not None:
-            raise no_streams()
+            raise self._named(no_streams())
         _require_queue(queue)
         try:
             self._check(pool)
@@ -480,8 +481,15 @@ class Connection:
     def _named(self, error: KVTransportError) -> KVTransportError:
         """Say whom an error at the call concerns."""
         error.peer = error.peer or str(self.peer)
-        error.backend = error.backend or self.backend
+        error.backend = error.backend or self._backend_name or "none"  # a forked child can't ask the session
         return error
+
+    def _gate(self, gate: object, pool: BlockPool) -> _native.Gate:
+        try:
+            self._check(pool)
+            return require_gate(gate, pool).native
+        except KVTransportError as error:
+            raise self._named(error) from None
 
     def _check(self, pool: BlockPool) -> None:
         """What is cheap and can be known at the call."""

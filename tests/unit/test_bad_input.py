@@ -6,6 +6,7 @@ import torch
 
 from kvtransport import BlockLayout, Config, Endpoint
 from kvtransport.errors import (
+    BackendUnavailable,
     ConnectionClosed,
     LayoutMismatch,
     LocalProtocolError,
@@ -349,3 +350,26 @@ def test_an_array_that_was_resized(pair, make):
         with pytest.raises(LocalProtocolError, match="resized"):
             post(pool, [0], key="k")
         pool.close()
+
+
+@pytest.mark.parametrize("fault", ["gate", "stream", "ended"])
+def test_an_error_at_the_call_says_whom_it_concerns(own, fault):
+    """Also where nothing of the call has reached the connection yet."""
+    options = {}
+    if fault == "gate":
+        options = {"after": own.ours.layer_gate(own.of.num_layers + 1)}
+    elif fault == "stream":
+        options = {"stream": 0}
+    else:
+        options = {"after": own.ours.layer_gate(own.of.num_layers)}
+        own.sender.close()
+    with pytest.raises((LocalProtocolError, BackendUnavailable, ConnectionClosed)) as caught:
+        own.sender.send_blocks(own.of, [0], key="k", **options)
+    assert (caught.value.peer, caught.value.backend) == (str(own.sender.peer), "tcp")
+
+
+@pytest.mark.parametrize("wrong", [None, 7, "pool"])
+def test_what_is_no_pool_is_so_with_a_gate_too(pair, wrong):
+    for options in ({}, {"after": pair.ours.layer_gate(1)}):
+        with pytest.raises(TypeError, match="not a BlockPool"):
+            pair.sender.send_blocks(wrong, [0], key="k", **options)
