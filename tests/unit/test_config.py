@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import logging
 import os
 from typing import Any
 
@@ -154,3 +155,7 @@ def test_copies_are_equal_and_have_the_same_hash(require: Any) -> None:
     assert len({config, *copies, Config(lanes=2)}) == 2
     turned = require if require is None else dict(reversed(require.items()))
     assert hash(Config(lanes=2, require=turned, insecure=True)) == hash(config)
+
+
+def test_who_has_set_up_no_logging_is_told_nothing_on_stderr() -> None:
+    assert any(isinstance(one, logging.NullHandler) for one in logging.getLogger("kvtransport").handlers)

@@ -4,10 +4,12 @@ import asyncio
 import gc
 import os
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from kvtransport.completion import LoopBridges
 from kvtransport.errors import ConnectionClosed
 
 LIMIT_S = 20
@@ -153,3 +155,23 @@ def test_a_message_that_waits_can_be_left_and_goes_on(endpoint):
 
     asyncio.run(asyncio.wait_for(main(), 2 * LIMIT_S))
     assert [data for _, data in theirs.recv_messages(timeout=LIMIT_S)] == [b"after"]
+
+
+class EndsAtOnce:
+    """A loop that says that it runs, and is closed before it can be called."""
+
+    def is_closed(self):
+        return False
+
+    def is_running(self):
+        return True
+
+    def call_soon_threadsafe(self, call):
+        raise RuntimeError("Event loop is closed")
+
+
+def test_a_loop_that_ends_while_its_endpoint_closes():
+    bridges = LoopBridges(lambda: None)
+    bridges._bridges = {EndsAtOnce(): SimpleNamespace(_drain=None, close=None) for _ in range(2)}
+    bridges.close()
+    assert not bridges._bridges

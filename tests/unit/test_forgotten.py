@@ -1,6 +1,7 @@
 """Endpoints that nobody closes: the garbage collector ends them, within whatever step of whichever thread."""
 
 import gc
+import os
 import threading
 import weakref
 
@@ -96,6 +97,15 @@ def test_within_a_step_among_the_endpoints_of_this_process(step):
     }[step]()
     assert reference() is None
     backend.leave(key)
+
+
+def test_an_endpoint_of_another_process_is_not_found():
+    backend, door = InprocBackend(), Door()
+    backend.enter(bytes(16), door)
+    assert backend.find(bytes(16)) is None
+    door.pid = os.getpid()
+    assert backend.find(bytes(16)) is door
+    backend.leave(bytes(16))
 
 
 def test_within_a_step_of_its_own_thread():

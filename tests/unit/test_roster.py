@@ -183,6 +183,15 @@ def test_a_connection_that_is_ending_is_not_given_out():
     assert r.claim(HIGH, Handshake(True)) is Ruling.CONNECTED  # until the engine says so
 
 
+@pytest.mark.parametrize("ending", [0, 1])
+def test_a_session_of_which_one_connection_is_ending_is_not_given_out(ending):
+    r, connections = roster(), [Connection("the peer"), Connection()]
+    r.opened(found(HIGH, address="127.0.0.1:7"), Session(), connections[0], ready=True)
+    assert r.joined(HIGH, connections[1], None) is connections[1]
+    connections[ending].state = "lost"
+    assert r.at("127.0.0.1:7") is r.joined(HIGH, None, None) is None
+
+
 def test_a_connection_that_was_made_before_shares_the_session():
     r, first, second = roster(), Connection("the peer"), Connection()
     r.opened(found(HIGH), Session(), first, ready=True)

@@ -102,6 +102,11 @@ def test_a_zero_in_a_name(endpoint):
             ours.connect(where, timeout=LIMIT_S)
 
 
+def test_a_name_that_no_name_service_can_be_asked_for(endpoint):
+    with pytest.raises(ConnectTimeout, match="label"):
+        endpoint().connect("x" * 70 + ".example:80", timeout=0.3)
+
+
 class AnothersPort(TcpBackend):
     """At the first look the other end isn't accepted yet, then it is found to be another user's."""
 
