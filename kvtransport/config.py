@@ -4,14 +4,15 @@ Here: the fields, their checks, reading them from a dict or the environment, and
 stand behind `None` (lanes, movers), each with its measurement. Not here: what the settings do, the sizes of
 chunks (native/protocol/chunking.hpp).
 
-Invariant: a Config that exists can be used as it is. A setting that this version can't honour (keys) is
-refused, so that nobody runs with less protection than he asked for; a key is never shown, not even in an
-error.
+Invariant: a Config that exists can be used as it is. Keys, which this version can't honour, are refused; of
+limits that it doesn't keep yet (`WITHOUT_EFFECT`) an Endpoint warns, so that nobody runs with less
+protection than he asked for and doesn't know it. A key is never shown, not even in an error.
 """
 
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
@@ -30,6 +31,10 @@ MAX_CHUNK_NBYTES = MIB
 ENV_PREFIX = "KVTRANSPORT_"
 MEMORY_KINDS = ("host", "cuda")
 LATER_BACKENDS = ("ucx", "cuda_ipc")
+LATER_BACKENDS = ("shm", "ucx", "cuda_ipc")
+WITHOUT_EFFECT = ("max_handshakes_per_s", "max_handshakes_per_s_per_address", "handshake_burst_per_address")
+
+_log = logging.getLogger("kvtransport.config")
 
 
 def available_cpus() -> int:
@@ -88,8 +93,9 @@ class Config:
     `max_regions` announced, `max_control_queue_nbytes` and `max_message_queue_nbytes` waiting,
     `max_transfer_pieces` in one transfer. Per endpoint: `max_connections`, `max_protocol_nbytes`. What
     exceeds them here waits, or raises ResourceLimit where waiting can't help; a peer's excess is
-    ResourceLimit for that peer. The rates, the burst and `max_protocol_nbytes` are without effect in this
-    version.
+    ResourceLimit for that peer; but what peers that are gone have left of messages is dropped beyond
+    `max_protocol_nbytes`, with a warning. The rates and the burst are without effect in this version: who
+    sets them is warned by Endpoint.
 
     ConfigError names the field that can't be used, and says what to do.
     """
@@ -159,8 +165,8 @@ class Config:
     def from_env(cls, environ: Mapping[str, str] | None = None) -> Config:
         """Make a Config of the environment: KVTRANSPORT_LANES=4, KVTRANSPORT_BACKENDS=tcp and so on.
 
-        Lists are separated by commas; `require` is written `host=tcp;cuda=ucx,tcp`; yes and no are 1 and 0,
-        true and false. A variable that begins with KVTRANSPORT_ and is no field, or is empty, is a
+        Lists are separated by commas; `require` is written `host=inproc,tcp;cuda=tcp`; yes and no are 1 and
+        0, true and false. A variable that begins with KVTRANSPORT_ and is no field, or is empty, is a
         ConfigError.
         """
         known = {ENV_PREFIX + f.name.upper(): f for f in fields(cls)}
@@ -175,6 +181,14 @@ class Config:
             f = known[variable]
             values[f.name] = _parse(variable, f.metadata["kind"], text.strip())
         return cls(**values)
+
+
+def warn_of_unkept(config: Config) -> None:
+    """Log the limits that were set and have no effect, in one line."""
+    defaults = {f.name: f.default for f in fields(Config)}
+    named = [name for name in WITHOUT_EFFECT if getattr(config, name) != defaults[name]]
+    if named:
+        _log.warning("%s: without effect in this version; new connections aren't limited", ", ".join(named))
 
 
 def _near(name: str, known: Collection[str]) -> str:

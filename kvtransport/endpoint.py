@@ -22,7 +22,7 @@ from typing import Any, Final
 from kvtransport import _native
 from kvtransport.acceptor import Acceptor
 from kvtransport.completion import CompletionQueue, LoopBridges
-from kvtransport.config import Config, available_cpus, default_movers
+from kvtransport.config import Config, available_cpus, default_movers, warn_of_unkept
 from kvtransport.connection import Connection
 from kvtransport.errors import ConnectionClosed, ConnectTimeout, ForkedProcessError, ResourceLimit
 from kvtransport.grant import Grant, new_token, raw_of
@@ -54,6 +54,7 @@ class Endpoint:
 
     def __init__(self, config: Config | None = None) -> None:
         self._config = config or Config()
+        warn_of_unkept(self._config)
         self._pid = os.getpid()
         self._incarnation = os.urandom(16)
         self._closed = False

@@ -16,13 +16,8 @@ from bench.process import WorkerProcess
 Places = list[tuple[int, int]]
 """The Endpoints of each connection: source, destination."""
 
-# All come from one address, one after the other: the limits that a stranger meets would only slow us down.
-CONFIG = {
-    "max_pending_handshakes_per_address": 64,
-    "max_handshakes_per_s_per_address": 1000,
-    "max_handshakes_per_s": 1000,
-    "handshake_burst_per_address": 512,
-}
+# All come from one address: the limit that a stranger meets would only slow us down.
+CONFIG = {"max_pending_handshakes_per_address": 64}
 
 
 class Node:

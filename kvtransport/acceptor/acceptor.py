@@ -232,13 +232,18 @@ class Acceptor:
                 peer_pid=peer_pid,
                 shared_memory=not refusal,
             )
-            self.adopt(session, found, wanted, ready=wanted is None)
+            peer = self.adopt(session, found, wanted, ready=wanted is None)
+        self.log_path(peer, found)
         return session
 
-    def adopt(self, session: _native.Session, found: Found, wanted: Wanted | None, *, ready: bool) -> None:
+    def log_path(self, peer: Peer, found: Found) -> None:
+        """Tell of a new session; holding no lock, as a handler may be slow."""
+        paths.log(peer, found, self._places, self.reachability)
+
+    def adopt(self, session: _native.Session, found: Found, wanted: Wanted | None, *, ready: bool) -> Peer:
         """Make a new session a Connection, and put it in the roster, whose lock is held.
 
-        `wanted`: the Dial that it is for; None: the peer has dialled us.
+        `wanted`: the Dial that it is for; None: the peer has dialled us. `log_path` is for afterwards.
         """
         hello, address = found.hello, found.address
         self.retire_predecessors(hello, address)
@@ -258,7 +263,7 @@ class Acceptor:
         self.roster.opened(found, session, connection, ready=ready)
         if not waiting:
             self.arrivals.put(connection)
-        paths.log(peer, found, self._places, self.reachability)
+        return peer
 
     def paths(self, connection: Connection) -> list[str]:
         """Return which way a Connection's bytes go, and why others are refused: lines for

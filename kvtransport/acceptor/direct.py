@@ -80,8 +80,9 @@ def _open(ours: Acceptor, theirs: Acceptor, wanted: Wanted, address: str) -> Non
     )
     with ours.roster.lock:
         found = Found(replace(mine, session_id=session_id, initiator=True), "inproc", proof, address)
-        ours.adopt(session, found, wanted, ready=True)
+        peer = ours.adopt(session, found, wanted, ready=True)
+    back = Found(replace(others, session_id=session_id), "inproc", proof, None)
     with theirs.roster.lock:
-        theirs.adopt(
-            peers, Found(replace(others, session_id=session_id), "inproc", proof, None), None, ready=True
-        )
+        dialler = theirs.adopt(peers, back, None, ready=True)
+    ours.log_path(peer, found)
+    theirs.log_path(dialler, back)

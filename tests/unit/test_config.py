@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvtransport.config import Config, default_lanes, default_movers
+from kvtransport.endpoint import Endpoint
 from kvtransport.errors import ConfigError
 
 
@@ -159,3 +160,19 @@ def test_copies_are_equal_and_have_the_same_hash(require: Any) -> None:
 
 def test_who_has_set_up_no_logging_is_told_nothing_on_stderr() -> None:
     assert any(isinstance(one, logging.NullHandler) for one in logging.getLogger("kvtransport").handlers)
+
+
+def test_limits_without_effect_are_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    settings = {"max_handshakes_per_s": 5, "handshake_burst_per_address": 1, "max_connections": 7}
+    with Endpoint(Config.from_dict(settings)):
+        (line,) = [one for one in caplog.records if one.levelname == "WARNING"]
+    assert line.name == "kvtransport.config"
+    assert line.getMessage().startswith("max_handshakes_per_s, handshake_burst_per_address: without effect")
+    caplog.clear()
+    with Endpoint(Config(max_handshakes_per_s=100, max_connections=7)):
+        assert not caplog.records
+
+
+def test_the_documented_form_of_require() -> None:
+    config = Config.from_env({"KVTRANSPORT_REQUIRE": "host=inproc,tcp;cuda=tcp"})
+    assert config.require == {"host": ("inproc", "tcp"), "cuda": ("tcp",)}
