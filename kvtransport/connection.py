@@ -218,7 +218,7 @@ class Connection:
         after: a gate; layers are written as they are released. meta: the owner's `grant.result().meta`.
         The rest, and what the handle raises: as `read_blocks`. Our blocks must not be rewritten before it is done.
         """
-        gate = None if after is None else require_gate(after, pool).native
+        gate = None if after is None else self._gate(after, pool)
         raw, limits = raw_of(token), (gate, stall_timeout_s, _total(timeout_s), meta)
         use = (raw, subset, wait_grant_s)
         return self._post_by_token(
@@ -461,7 +461,7 @@ class Connection:
     ) -> Transfer:
         """Make one native call, as `_post`. `use`: the token's bytes, the subset, the wait."""
         if stream is not None:
-            raise no_streams()
+            raise self._named(no_streams())
         _require_queue(queue)
         try:
             self._check(pool)

@@ -1,10 +1,12 @@
 """What a caller gets wrong: the exact error at the call, or in `result()`; nothing is lost, nothing hangs."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 
-from kvtransport import BlockLayout, Config, Endpoint
+from kvtransport import BlockLayout, Config, Endpoint, new_token
 from kvtransport.errors import (
     BackendUnavailable,
     ConnectionClosed,
@@ -352,9 +354,13 @@ def test_an_array_that_was_resized(pair, make):
         pool.close()
 
 
+@pytest.mark.parametrize("call", ["send_blocks", "write_blocks"])
 @pytest.mark.parametrize("fault", ["gate", "stream", "ended"])
-def test_an_error_at_the_call_says_whom_it_concerns(own, fault):
+def test_an_error_at_the_call_says_whom_it_concerns(own, call, fault):
     """Also where nothing of the call has reached the connection yet."""
+    post = partial(own.sender.send_blocks, key="k")
+    if call == "write_blocks":
+        post = partial(own.sender.write_blocks, new_token())
     options = {}
     if fault == "gate":
         options = {"after": own.ours.layer_gate(own.of.num_layers + 1)}
@@ -364,7 +370,7 @@ def test_an_error_at_the_call_says_whom_it_concerns(own, fault):
         options = {"after": own.ours.layer_gate(own.of.num_layers)}
         own.sender.close()
     with pytest.raises((LocalProtocolError, BackendUnavailable, ConnectionClosed)) as caught:
-        own.sender.send_blocks(own.of, [0], key="k", **options)
+        post(own.of, [0], **options)
     assert (caught.value.peer, caught.value.backend) == (str(own.sender.peer), "tcp")
 
 
