@@ -12,7 +12,7 @@ import logging
 from dataclasses import dataclass
 
 from kvtransport.acceptor.places import Places
-from kvtransport.acceptor.reachability import visible_pid
+from kvtransport.acceptor.reachability import same_process
 from kvtransport.acceptor.roster import Found
 from kvtransport.config import LATER_BACKENDS
 from kvtransport.protocol.messages import Reachability
@@ -42,7 +42,7 @@ def refusals(found: Found, places: Places, ours: Reachability) -> list[Refusal]:
     """Return the ways that are not used, though this version has them."""
     if found.backend_name == "inproc":
         return []
-    if visible_pid(ours, found.hello.reachability) != ours.pid:  # in another namespace 1 is another process
+    if not same_process(ours, found.hello.reachability):
         return [Refusal("inproc", "the peer is another process")]
     if forbidden := places.why_not("inproc"):
         return [Refusal("inproc", f"{forbidden} here")]

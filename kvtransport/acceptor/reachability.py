@@ -34,6 +34,11 @@ def same_network(a: Reachability, b: Reachability) -> bool:
     return bool(a.boot_id) and a.boot_id == b.boot_id and a.net_ns == b.net_ns != 0
 
 
+def same_process(a: Reachability, b: Reachability) -> bool:
+    """Say whether it is one process: in another namespace the same id is another's. Asks nothing of the system."""
+    return _same_processes(a, b) and (a.pid, a.pid_started) == (b.pid, b.pid_started)
+
+
 def visible_pid(ours: Reachability, theirs: Reachability) -> int:
     """Return the peer's process id if that process is seen here, by boot, namespace and start; else 0."""
     if not _same_processes(ours, theirs):

@@ -29,11 +29,12 @@ def test_an_endpoint_of_this_process_by_its_socket_is_warned_of(session, caplog)
     assert "inproc is the better way to" in caplog.text
 
 
-def test_the_first_process_of_another_container_is_another_process(session, caplog):
+@pytest.mark.parametrize("differ", [("pid_ns", "pid_started"), ("pid_ns",), ("pid_started",), ("pid",)])
+def test_the_first_process_of_another_container_is_another_process(session, caplog, differ):
     """The containers of a pod share a network namespace, and the main process of each is number 1."""
     peer, found, acceptor = session
     ours = msgspec.structs.replace(acceptor.reachability, pid=1)
-    theirs = msgspec.structs.replace(ours, pid_ns=ours.pid_ns + 1, pid_started=ours.pid_started + 1)
+    theirs = msgspec.structs.replace(ours, **{name: getattr(ours, name) + 1 for name in differ})
     hello = msgspec.structs.replace(found.hello, reachability=theirs)
     found = dataclasses.replace(found, terms=dataclasses.replace(found.terms, peer=hello))
     assert [refusal.reason for refusal in paths.refusals(found, acceptor._places, ours)] == [
