@@ -31,7 +31,6 @@ MAX_CHUNK_NBYTES = MIB
 ENV_PREFIX = "KVTRANSPORT_"
 MEMORY_KINDS = ("host", "cuda")
 LATER_BACKENDS = ("ucx", "cuda_ipc")
-LATER_BACKENDS = ("shm", "ucx", "cuda_ipc")
 WITHOUT_EFFECT = ("max_handshakes_per_s", "max_handshakes_per_s_per_address", "handshake_burst_per_address")
 
 _log = logging.getLogger("kvtransport.config")
