@@ -21,11 +21,10 @@ inline constexpr std::size_t kRunsAtOnce = 128;  // that are expanded; 2 KiB
 
 /// What is fetched of the next run, at both ends, while one is copied: the processor itself doesn't look
 /// beyond a run. Measured with random runs over 512 MiB, 1 / 2 threads on 2 cores (Zen 5), as a multiple of a
-/// plain loop of memcpy in the same run: 64 KiB 1.03 / 1.02, 4 KiB 1.12 / 1.15, 1 KiB 1.05 / 1.01; without it
-/// 0.99 / 0.99, 0.96 / 0.98, 0.92 / 0.93. With 512 bytes, or the source's alone, 4 KiB 1.13 / 1.17 and 1
-/// KiB 1.05 / 1.02 at best, 1.08 / 1.10 and 1.01 / 1.00 at worst. Streaming stores instead of memcpy, in the
-/// same way: 64 KiB 0.96 / 1.08, 4 KiB 0.74 / 0.89, 1 KiB 0.63 / 0.75, and what was copied is then in no
-/// cache. A thread's share at a time (256 KiB to 4 MiB) makes no difference.
+/// plain loop of memcpy in the same run: 64 KiB 1.03 / 1.01, 4 KiB 1.07 to 1.12 / 1.02 to 1.15, 1 KiB 1.07 /
+/// 1.04; without it 0.99 / 1.00, 0.96 / 0.98, 0.92 / 0.94; half as much is as good, a quarter isn't.
+/// Streaming stores instead of memcpy: 64 KiB 0.96 / 1.08, 4 KiB 0.74 / 0.89, 1 KiB 0.63 / 0.75, and what was
+/// copied is then in no cache. A thread's share at a time (256 KiB to 4 MiB) makes no difference.
 inline constexpr std::size_t kFetchedAhead = 1024;
 
 /// A place in the runs of one end. `Runs` has runs() as memory::StreamPlan has it.

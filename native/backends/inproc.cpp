@@ -1,8 +1,6 @@
 #include "backends/inproc.hpp"
 
-#include <algorithm>
-#include <cstring>
-
+#include "backends/copy.hpp"
 #include "base/crc32c.hpp"
 
 namespace kvt::backends {
@@ -51,40 +49,14 @@ class InprocPath::Copier final : public Runnable {
 
   private:
     bool copy(const protocol::Transfer& from, const protocol::Transfer& to, protocol::Range range) const {
-        constexpr std::size_t kRuns = 128;
-        iovec source[kRuns], destination[kRuns];
-        std::size_t sources = 0, destinations = 0, s = 0, d = 0;
-        std::uint64_t source_at = range.begin, destination_at = range.begin;
         std::uint32_t read = 0, stored = 0;
-        std::uint64_t left = range.end - range.begin;
-        while (left > 0) {
-            if (s == sources) {
-                source_at = from.runs(source_at, range.end, source, kRuns, sources);
-                s = 0;
-            }
-            if (d == destinations) {
-                destination_at = to.runs(destination_at, range.end, destination, kRuns, destinations);
-                d = 0;
-            }
-            const std::size_t n = std::min(source[s].iov_len, destination[d].iov_len);
-            std::memcpy(destination[d].iov_base, source[s].iov_base, n);
+        copy_runs(from, to, range.begin, range.end, [&](const void* source, const void* copy, std::size_t n) {
             if (digest_ == protocol::DigestKind::crc32c) {
-                read = crc32c(read, source[s].iov_base, n);
-                stored = crc32c(stored, destination[d].iov_base, n);
+                read = crc32c(read, source, n);
+                stored = crc32c(stored, copy, n);
             }
-            advance(source[s], s, n);
-            advance(destination[d], d, n);
-            left -= n;
-        }
+        });
         return read == stored;
-    }
-
-    static void advance(iovec& run, std::size_t& index, std::size_t n) noexcept {
-        run.iov_base = static_cast<std::byte*>(run.iov_base) + n;
-        run.iov_len -= n;
-        if (run.iov_len == 0) {
-            ++index;
-        }
     }
 
     std::weak_ptr<PathHost> host_, peer_;
