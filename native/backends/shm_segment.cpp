@@ -17,6 +17,9 @@
 #ifndef F_SEAL_FUTURE_WRITE  // since Linux 5.1; older headers lack it
 #define F_SEAL_FUTURE_WRITE 0x0010
 #endif
+#ifndef MADV_POPULATE_READ  // since Linux 5.14
+#define MADV_POPULATE_READ 22
+#endif
 #ifndef MFD_NOEXEC_SEAL  // since Linux 6.3
 #define MFD_NOEXEC_SEAL 0x0008U
 #endif
@@ -69,6 +72,35 @@ Mapped map(int fd, std::size_t nbytes, int protection) {
         fail(errno, "mapping shared memory");
     }
     return {static_cast<std::byte*>(data), nbytes};
+}
+
+// Where a huge page of the file can be one of the address space. Linux places maps so only where the system
+// hands out huge pages of shared memory by itself.
+Mapped map_to_read(int fd, std::size_t nbytes) {
+    constexpr std::size_t kHugePage = 2 << 20;
+    if (nbytes < kHugePage) {
+        return map(fd, nbytes, PROT_READ);
+    }
+    const auto page = static_cast<std::size_t>(::sysconf(_SC_PAGESIZE));
+    const std::size_t whole = (nbytes + page - 1) / page * page, reserved = whole + kHugePage;
+    constexpr int kNothing = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+    void* const place = ::mmap(nullptr, reserved, PROT_NONE, kNothing, -1, 0);
+    if (place == MAP_FAILED) {
+        return map(fd, nbytes, PROT_READ);
+    }
+    auto* const low = static_cast<std::byte*>(place);
+    const std::size_t before = (kHugePage - reinterpret_cast<std::uintptr_t>(low) % kHugePage) % kHugePage;
+    std::byte* const data = low + before;
+    if (::mmap(data, nbytes, PROT_READ, MAP_SHARED | MAP_FIXED, fd, 0) == MAP_FAILED) {
+        const int error = errno;
+        ::munmap(low, reserved);
+        fail(error, "mapping shared memory");
+    }
+    if (before > 0) {
+        ::munmap(low, before);
+    }
+    ::munmap(data + whole, kHugePage - before);
+    return {data, nbytes};
 }
 
 [[noreturn]] void refuse(const std::string& why) {
@@ -133,7 +165,16 @@ void seal(int fd) {
 PeerSegment PeerSegment::open(Fd fd, std::uint64_t nbytes) {
     check_seals(fd.get());
     check_extent(fd.get(), nbytes);
-    return PeerSegment(map(fd.get(), nbytes, PROT_READ));
+    return PeerSegment(map_to_read(fd.get(), nbytes));
+}
+
+void PeerSegment::read_ahead(std::size_t begin, std::size_t end) const noexcept {
+    const auto page = static_cast<std::size_t>(::sysconf(_SC_PAGESIZE));
+    end = std::min(end, size());
+    begin = begin / page * page;
+    if (begin < end) {
+        ::madvise(mapped_.data() + begin, end - begin, MADV_POPULATE_READ);  // EINVAL before Linux 5.14
+    }
 }
 
 }  // namespace kvt::backends

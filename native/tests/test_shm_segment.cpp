@@ -10,9 +10,11 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstring>
 #include <string>
 #include <system_error>
+#include <vector>
 
 #include "protocol/bytes.hpp"
 
@@ -74,6 +76,22 @@ TEST_CASE("what the owner writes after sealing is what the peer reads, also when
     CHECK(peer.data()[0] == std::byte{1});
     own = OwnSegment();
     CHECK(peer.data()[kNbytes - 1] == std::byte{2});
+}
+
+TEST_CASE("a large one is mapped where huge pages can be, and read ahead wherever it is asked") {
+    constexpr std::size_t kLarge = (5 << 20) + 1;
+    const OwnSegment own("test", kLarge);
+    const PeerSegment peer = PeerSegment::open(duplicate(own.fd()), kLarge);
+    CHECK(reinterpret_cast<std::uintptr_t>(peer.data()) % (2 << 20) == 0);
+    own.data()[kLarge - 1] = std::byte{3};
+    peer.read_ahead(0, kLarge);
+    peer.read_ahead(4097, ~std::size_t{0});
+    peer.read_ahead(kLarge, kLarge + 1);
+    peer.read_ahead(~std::size_t{0}, 0);
+    std::vector<unsigned char> there((kLarge + 4095) / 4096);
+    REQUIRE(::mincore(const_cast<std::byte*>(peer.data()), kLarge, there.data()) == 0);
+    CHECK(std::count(there.begin(), there.end(), 0) == 0);
+    CHECK(peer.data()[kLarge - 1] == std::byte{3});
 }
 
 TEST_CASE("M17: what is no sealed memfd of the announced size is refused, and closed") {
