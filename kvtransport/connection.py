@@ -1,16 +1,14 @@
 """Connection: one peer. Where protocol, memory and backends meet.
 
-Here: posting (checks, one native call), messages, refusals, what the connection tells of itself. Not here: how it
-came about (`kvtransport.acceptor`), how bytes move (native), what a handle can do (`kvtransport.transfer`).
+Here: posting (checks, one native call), messages, refusals, what the connection tells of itself. Not here: where it
+stands (`kvtransport.standing`), how it came about (`kvtransport.acceptor`), how bytes move (native), what a handle
+can do (`kvtransport.transfer`, `kvtransport.grant`).
 
-Invariant: a Connection has one native session at a time, from its beginning: before the handshake is over, a
-session that keeps what is posted; then the real one, which takes those posts over. Once lost it stays lost.
+Invariant: a post is one native call; what can be known at the call is raised by it, everything else by its handle.
 """
 
 from __future__ import annotations
 
-import os
-import threading
 from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -21,45 +19,26 @@ from kvtransport.errors import (
     ConnectionClosed,
     ForkedProcessError,
     KVTransportError,
-    PeerLost,
-    RemoteProtocolError,
-    ResourceLimit,
 )
 from kvtransport.grant import Lease, raw_if_token, raw_of
 from kvtransport.memory.pool import BlockPool
+from kvtransport.standing import Standing
 from kvtransport.transfer import LayerGate, SentMessage, Transfer, no_streams, require_gate
-from kvtransport.types import BlockIds, ConnectionState, Heads, LayerName, Peer
+from kvtransport.types import BlockIds, Heads, LayerName
 
 if TYPE_CHECKING:
-    from kvtransport.endpoint import Endpoint
+    pass
 
 MATCH_TIMEOUT_S = 300.0
 STALL_TIMEOUT_S = 10.0
-CHANNEL_S = 0.25
 
 
-class Connection:
+class Connection(Standing):
     """One peer, made by `Endpoint.connect` and `Endpoint.accept`. All methods are thread-safe; a context manager.
 
     peer: who the other end is.
     state: "connecting", "open" or "lost". A lost Connection stays so; `Endpoint.connect` makes a new one.
     """
-
-    def __init__(
-        self, *, endpoint: Endpoint, peer: Peer, backend_name: str, session: _native.Session | None = None
-    ) -> None:
-        """For Endpoint. Without a session: posts are kept until `_attach`."""
-        self.peer = peer
-        self._endpoint = endpoint
-        self._backend_name = backend_name
-        self._lock = threading.Lock()
-        self._error: KVTransportError | None = None
-        self._opened = threading.Event()
-        self._on_close: Callable[[], None] | None = None  # who dials for it, before there is a session
-        self._session = session or endpoint.engine.new_session(os.urandom(16))
-        self._session.set_peer(str(peer))
-        if session is not None:
-            self._opened.set()
 
     # --- two-sided transfers -------------------------------------------------------------------------------
 
@@ -297,13 +276,6 @@ class Connection:
 
     # --- what it is ----------------------------------------------------------------------------------------
 
-    @property
-    def state(self) -> ConnectionState:
-        """Where it stands."""
-        if self._error is not None:
-            return "lost"
-        return self._session.state()
-
     def explain(self) -> str:
         """Say which way bytes go, why, and what was refused and why; some lines of text."""
         lines = [f"connection to {self.peer}: {self.state}"]
@@ -348,69 +320,6 @@ class Connection:
             return f"<Connection to {self.peer} {self.state} over {self.backend}>"
         except ForkedProcessError:
             return f"<Connection to {self.peer} of another process>"
-
-    def _settle(self) -> None:
-        """Wait a moment for memory to be shared, so that the first posts find it."""
-        self._session.wait_channel(CHANNEL_S)
-
-    # --- for the acceptor and the endpoint -----------------------------------------------------------------
-
-    def _attach(
-        self, session: _native.Session, *, peer: Peer | None = None, backend_name: str | None = None
-    ) -> bool:
-        """The handshake is over: `session` takes over what was posted. False: this was closed, or has one."""
-        with self._lock:
-            if self._opened.is_set() or self._error is not None:
-                return False
-            before, self._session = self._session, session
-            self.peer = peer or self.peer
-            self._backend_name = backend_name or self._backend_name
-            self._opened.set()
-        session.set_peer(str(self.peer))
-        session.adopt(before)
-        return True
-
-    def _lost(self, cause: str, detail: str) -> None:
-        """The session ended, or its peer was found to have restarted."""
-        if cause == "local":
-            self._fail(ConnectionClosed(detail))
-        elif cause == "protocol":
-            self._fail(
-                RemoteProtocolError(
-                    f"the connection to {self.peer} was ended, its peer broke the protocol: {detail}"
-                )
-            )
-        elif cause == "limit":
-            self._fail(ResourceLimit(f"the connection to {self.peer} was ended: {detail}"))
-        else:
-            word = cause if cause in ("heartbeat", "restarted", "closed") else detail.partition(": ")[0]
-            known = word if word in ("reset", "heartbeat", "restarted", "closed") else "reset"
-            self._end(
-                PeerLost(f"the connection to {self.peer} was lost: {detail}", cause=known),
-                f"{known}: {detail}",
-            )
-
-    def _fail(self, error: BaseException) -> None:
-        """It can't come about, or has ended, for this reason; posts raise it from now on."""
-        kept = error if isinstance(error, KVTransportError) else KVTransportError(str(error))
-        self._end(kept, f"reset: {error}")
-
-    def _end(self, error: KVTransportError, cause: str) -> None:
-        _ = self._session.id  # raises in a forked child, where the lock may be held for ever
-        with self._lock:
-            if self._error is None or _tells_more(error, self._error):
-                self._error = error
-            session = self._session
-        session.close(cause)
-
-    def _require_open(self) -> None:
-        error = self._error
-        if error is not None:
-            again = type(error)(
-                str(error),
-                **{n: getattr(error, n) for n in type(error).attribute_names() if n in vars(error)},
-            )
-            raise self._named(again)
 
     def _post(
         self,
@@ -478,12 +387,6 @@ class Connection:
             queue.entered(tag_id, transfer)
         return transfer
 
-    def _named(self, error: KVTransportError) -> KVTransportError:
-        """Say whom an error at the call concerns."""
-        error.peer = error.peer or str(self.peer)
-        error.backend = error.backend or self._backend_name or "none"  # a forked child can't ask the session
-        return error
-
     def _gate(self, gate: object, pool: BlockPool) -> _native.Gate:
         try:
             self._check(pool)
@@ -498,13 +401,6 @@ class Connection:
         if not isinstance(pool, BlockPool):
             raise TypeError(f"pool is {type(pool).__name__}, not a BlockPool (Endpoint.register makes one)")
         pool.check()
-
-
-def _tells_more(error: KVTransportError, before: KVTransportError) -> bool:
-    """Say whether it is found to have restarted who was only known to be gone."""
-    if not isinstance(error, PeerLost) or not isinstance(before, PeerLost):
-        return False
-    return error.cause == "restarted" and before.cause in ("reset", "heartbeat")
 
 
 def _require_queue(queue: object) -> None:

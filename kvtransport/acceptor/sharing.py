@@ -28,7 +28,9 @@ TRIES: Final = 3
 SETTLE_S: Final = 0.25
 """So long the first user of a connection waits for its channel; what is posted before it is there goes by lanes."""
 
-_MOUNT: Final = "mount one directory into both containers and listen at a socket in it: listen('unix:/shared/kvt.sock')"
+_MOUNT: Final = (
+    "mount one directory into both containers and listen at a socket in it: listen('unix:/shared/kvt.sock')"
+)
 
 
 def why_not(

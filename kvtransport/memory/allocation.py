@@ -184,19 +184,6 @@ class HostMemory(mmap.mmap):
         return numpy.frombuffer(self, dtype=numpy.uint8)
 
 
-def shared_with(addresses: list[tuple[int, int]]) -> list[tuple[int, int, int]]:
-    """Return (fd, address of the file's start, its bytes) of the memfds that some of [begin, end) lie in."""
-    found = []
-    for memory in list(_everything):
-        if memory.fd is None:
-            continue
-        begin = memory.address
-        end = begin + len(memory)
-        if any(begin <= first and last <= end for first, last in addresses):
-            found.append((memory.fd, begin - memory.fd_offset, end - begin + memory.fd_offset))
-    return found
-
-
 class PoolArray:
     """A layer's array in memory of ours: `torch.from_dlpack(array)`, `numpy.asarray(array)`.
 
@@ -258,12 +245,17 @@ class PoolArray:
         return self.bits
 
 
-def memory_holding(low: int, high: int) -> HostMemory | None:
-    """Return the memory of ours that the addresses [low, high) lie in, if they lie in one."""
+def shared_with(extents: list[tuple[int, int]]) -> list[tuple[int, int, int]]:
+    """Return (fd, address of the file's start, its bytes) of the memfds that some of [begin, end) lie in."""
+    found = []
     for memory in list(_everything):
-        if not memory.closed and memory.address <= low and high <= memory.address + memory.nbytes:
-            return memory
-    return None
+        if memory.closed or memory.fd is None:
+            continue
+        begin = memory.address
+        end = begin + memory.nbytes
+        if any(begin <= first and last <= end for first, last in extents):
+            found.append((memory.fd, begin - memory.fd_offset, end - begin + memory.fd_offset))
+    return found
 
 
 LayerArray: TypeAlias = "PoolArray | tuple[PoolArray, PoolArray]"

@@ -17,7 +17,7 @@ import torch
 
 from kvtransport.errors import ResourceLimit
 from kvtransport.memory import allocation
-from kvtransport.memory.allocation import HostMemory, PoolArray, layer_arrays, memory_holding
+from kvtransport.memory.allocation import HostMemory, PoolArray, layer_arrays, shared_with
 from kvtransport.memory.layout import DTYPES, NO_NUMPY_DTYPE, BlockLayout
 from kvtransport.memory.plan import describe
 from kvtransport.memory.region import Region
@@ -144,12 +144,14 @@ def test_which_memory_holds_an_address() -> None:
     first, second = HostMemory(4096), HostMemory(8192)
     for memory in (first, second):
         low, high = memory.address, memory.address + memory.nbytes
-        assert memory_holding(low, high) is memory
-        assert memory_holding(high - 1, high) is memory
-        assert memory_holding(low, high + 1) is None
+        assert memory.fd is not None
+        whole = [(memory.fd, low - memory.fd_offset, memory.nbytes + memory.fd_offset)]
+        assert shared_with([(low, high)]) == whole
+        assert shared_with([(0, 1), (high - 1, high)]) == whole
+        assert shared_with([(low, high + 1)]) == []
     freed = first.address
     first.close()
-    assert memory_holding(freed, freed + 1) is None
+    assert shared_with([(freed, freed + 1)]) == []
 
 
 @pytest.mark.parametrize("limit", ["RLIMIT_FSIZE", "RLIMIT_AS", "RLIMIT_NOFILE"])
