@@ -59,6 +59,10 @@ class Standing:
 
     # --- for the acceptor and the endpoint -----------------------------------------------------------------
 
+    def shared(self) -> tuple[str, str]:
+        """Return where the shared memory of its session stands: "none", "awaited" or "up", and what is wrong."""
+        return self._session.channel()
+
     def _settle(self) -> None:
         """Wait a moment for memory to be shared, so that the first posts find it."""
         self._session.wait_channel(CHANNEL_S)

@@ -220,8 +220,7 @@ class Acceptor:
     def open(self, sock: socket.socket, found: Found, wanted: Wanted | None) -> _native.Session:
         """Hand a control connection whose handshake is over to the engine, and make a Connection of it."""
         peer_pid = visible_pid(self.reachability, found.hello.reachability)
-        unix = sock.family == socket.AF_UNIX
-        refusal, _ = sharing.why_not(found, self.reachability, self._places.names, unix=unix)
+        refusal, _ = sharing.why_not(found, self.reachability, self._places.names)
         with self.roster.lock:
             session = open_session(
                 self.engine,
@@ -270,7 +269,9 @@ class Acceptor:
         Connection.explain.
         """
         found = self.roster.found(connection)
-        return [] if found is None else paths.lines(found, self._places, self.reachability)
+        return (
+            [] if found is None else paths.lines(found, self._places, self.reachability, connection.shared())
+        )
 
     def _waiting_for(self, incarnation: bytes) -> list[Dial]:
         return [dial for dial in list(self._dials.values()) if dial.wants(incarnation)]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
+from kvtransport.acceptor import sharing
 from kvtransport.acceptor.places import Places
 from kvtransport.acceptor.reachability import same_process
 from kvtransport.acceptor.roster import Found
@@ -30,18 +31,44 @@ class Refusal:
     remedy: str = ""
 
 
-def chosen(found: Found) -> str:
+Shared = tuple[str, str]
+"""Of a session's channel of shared memory: "none", "awaited" or "up", and what is wrong with it."""
+
+
+def chosen(found: Found, shared: Shared = ("none", "")) -> str:
     """Return the line of the way in use."""
     how = found.proof.how if found.proof else "proved by its key"
     place = f"to {found.address}" if found.address else "dialled by the peer"
     lanes = f", {found.terms.lanes} lanes" if found.backend_name != "inproc" else ""
-    return f"host memory: {found.backend_name}, {place}, protection {found.terms.protection}{lanes}; {how}"
+    stream = f"{found.backend_name}, {place}, protection {found.terms.protection}{lanes}"
+    if shared[0] != "up":
+        return f"host memory: {stream}; {how}"
+    return f"host memory: shm, protection plain: the receiver copies; beside it {stream}; {how}"
 
 
-def refusals(found: Found, places: Places, ours: Reachability) -> list[Refusal]:
+def refusals(
+    found: Found, places: Places, ours: Reachability, shared: Shared = ("none", "")
+) -> list[Refusal]:
     """Return the ways that are not used, though this version has them."""
     if found.backend_name == "inproc":
         return []
+    return [*_of_inproc(found, places, ours), *_of_shared(found, places, ours, shared)]
+
+
+def _of_shared(found: Found, places: Places, ours: Reachability, shared: Shared) -> list[Refusal]:
+    state, wrong = shared
+    if state == "up":
+        remedy = "allocate it with Endpoint.allocate, or see kvtransport doctor"
+        return [Refusal("shm", f"for memory of your own: {wrong}", remedy)] if wrong else []
+    reason, remedy = sharing.why_not(found, ours, places.names)
+    if reason:
+        return [Refusal("shm", reason, remedy)]
+    return [
+        Refusal("shm", wrong or "its channel has not come yet", "see kvtransport doctor" if wrong else "")
+    ]
+
+
+def _of_inproc(found: Found, places: Places, ours: Reachability) -> list[Refusal]:
     if not same_process(ours, found.hello.reachability):
         return [Refusal("inproc", "the peer is another process")]
     if forbidden := places.why_not("inproc"):
@@ -54,10 +81,10 @@ def refusals(found: Found, places: Places, ours: Reachability) -> list[Refusal]:
     return [Refusal("inproc", "the peer was dialled by its socket address", remedy)]
 
 
-def lines(found: Found, places: Places, ours: Reachability) -> list[str]:
+def lines(found: Found, places: Places, ours: Reachability, shared: Shared) -> list[str]:
     """Return the lines of `Connection.explain`."""
-    told = [chosen(found)]
-    for refusal in refusals(found, places, ours):
+    told = [chosen(found, shared)]
+    for refusal in refusals(found, places, ours, shared):
         remedy = f"; {refusal.remedy}" if refusal.remedy else ""
         told.append(f"{refusal.backend}: refused: {refusal.reason}{remedy}")
     told.append(f"{', '.join(LATER_BACKENDS)}: refused: not in this version")
@@ -69,6 +96,8 @@ def log(peer: Peer, found: Found, places: Places, ours: Reachability) -> None:
     _log.info("session with %s: %s", peer, chosen(found))
     order = places.names
     for refusal in refusals(found, places, ours):
+        if refusal.backend == "shm" and refusal.reason.startswith("its channel"):
+            continue  # it is told when it has come, or won't
         better = refusal.backend in order and order.index(refusal.backend) < order.index(found.backend_name)
         if better and refusal.remedy:
             _log.warning(
@@ -78,3 +107,12 @@ def log(peer: Peer, found: Found, places: Places, ours: Reachability) -> None:
                 refusal.reason,
                 refusal.remedy,
             )
+
+
+def log_shared(peer: Peer, shared: Shared) -> None:
+    """Tell what became of a session's shared memory, once that is known."""
+    state, wrong = shared
+    if state == "up":
+        _log.info("memory is shared with %s", peer)
+    elif state == "none" and wrong:
+        _log.warning("shm is the better way to %s and was refused: %s; see kvtransport doctor", peer, wrong)

@@ -33,10 +33,8 @@ _MOUNT: Final = (
 )
 
 
-def why_not(
-    found: Found, ours: Reachability, own_features: tuple[str, ...], *, unix: bool
-) -> tuple[str, str]:
-    """Return why no memory is shared with a peer, and the remedy; empty: it is to be. `unix`: it is connected so."""
+def why_not(found: Found, ours: Reachability, own_features: tuple[str, ...]) -> tuple[str, str]:
+    """Return why no memory is shared with a peer, and the remedy; empty: it is to be."""
     theirs = found.hello.reachability
     if "shm" not in own_features:
         return "not among Config.backends here, or this machine can't (kvtransport doctor says why)", ""
@@ -46,7 +44,7 @@ def why_not(
         return "the peer is on another host", ""
     if found.proof is None or found.proof.uid != ours.uid or found.proof.uid != theirs.uid:
         return "the peer isn't proved to be the same user", "run both ends as one user, without insecure=True"
-    if not unix and not same_network(ours, theirs):
+    if not found.proof.by_file and not same_network(ours, theirs):
         return "the peer is in another network namespace", _MOUNT
     return "", ""
 

@@ -72,11 +72,14 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class LinkProof:
-    """What the system says of a link's other end; None: it can't say. `how`: by what means, for explain()."""
+    """What the system says of a link's other end; None: it can't say. `how`: by what means, for explain().
+    `by_file`: the link is a unix socket, which both ends reach by a file that they have in common.
+    """
 
     uid: int | None = None
     pid: int | None = None
     how: str = "nothing proves the peer"
+    by_file: bool = False
 
 
 class Listener(Protocol):

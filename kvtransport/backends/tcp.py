@@ -148,7 +148,7 @@ class TcpBackend:
         if sock.family == socket.AF_UNIX:
             pid, uid, _ = peer_credentials(sock)
             _demand_same_user(uid, "the unix socket")
-            return LinkProof(uid, pid or None, "same user, by SO_PEERCRED")
+            return LinkProof(uid, pid or None, "same user, by SO_PEERCRED", by_file=True)
         try:
             theirs, ours = endpoint_of(sock.getpeername()), endpoint_of(sock.getsockname())
         except OSError as e:

@@ -125,6 +125,15 @@ void bind_lanes(nb::class_<PySession>& session) {
                 });
             },
             nb::arg("fd"), nb::arg("number"))
+        .def("ready", [](PySession& self) {
+            require_alive(*self.engine);
+            const auto path = self.connection->path();
+            return path == nullptr ? self.connection->is_open() : path->lanes_up() >= self.lanes;
+        });
+}
+
+void bind_channel(nb::class_<PySession>& session) {
+    session
         .def(
             "add_channel",
             [](PySession& self, int fd) {
@@ -165,12 +174,7 @@ void bind_lanes(nb::class_<PySession>& session) {
                 const Calling here(self.engine->callers);
                 translate([&] { self.connection->wait_channel(until); });
             },
-            nb::arg("timeout_s"))
-        .def("ready", [](PySession& self) {
-            require_alive(*self.engine);
-            const auto path = self.connection->path();
-            return path == nullptr ? self.connection->is_open() : path->lanes_up() >= self.lanes;
-        });
+            nb::arg("timeout_s"));
 }
 
 void bind_posts(nb::class_<PySession>& session) {
@@ -274,6 +278,7 @@ void bind_session(nb::module_& m) {
     nb::class_<PySession> session(m, "Session");
     bind_opening(session);
     bind_lanes(session);
+    bind_channel(session);
     bind_posts(session);
     bind_rest(session);
     bind_views(session);

@@ -222,14 +222,6 @@ void Connection::settle(std::uint64_t small_nbytes) {
     }
 }
 
-// By chunks, or by copies; what has moved nothing would have gone the way that there is.
-std::string Connection::way_of(const TransferHandle& handle) const {
-    const bool chunks = handle.chunks != 0 || handle.attempt > 1 || (handle.matched_at != 0 && !handle.pulls);
-    return path_ == nullptr || chunks || path_->channel() != backends::Path::Channel::up
-               ? backend_
-               : path_->name_of_copies();
-}
-
 Connection::Output Connection::take_output() {
     Output output;
     const std::lock_guard lock(mutex_);

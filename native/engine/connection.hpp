@@ -230,6 +230,7 @@ class Connection final : public backends::PathHost,
                          const protocol::Terms& terms, const protocol::PoolTerms& theirs,
                          protocol::Role role);
     void count(Operation operation, protocol::Cause outcome, std::uint64_t nbytes, std::int64_t ns);
+    void take_over_rest(Connection& other, protocol::Time now);
     bool take_over(TransferHandle& handle, const protocol::TransferPtr& transfer, protocol::Time now);
     void attach_gate(TransferHandle& handle);
     void claim(const std::shared_ptr<TransferHandle>& handle);

@@ -70,6 +70,17 @@ void Connection::attach_gate(TransferHandle& handle) {
     }
 }
 
+// Under both locks.
+void Connection::take_over_rest(Connection& other, Time now) {
+    for (auto& hold : other.session_.give_up_holds()) {
+        std::static_pointer_cast<LeaseHandle>(hold)->move_to(shared_from_this());
+        session_.post_hold(std::move(hold), now);
+    }
+    for (auto& message : other.session_.give_up_messages()) {
+        session_.post_message(std::move(message), now);
+    }
+}
+
 void Connection::adopt(const std::shared_ptr<Connection>& other) {
     std::vector<protocol::TransferPtr> refused;
     std::vector<std::shared_ptr<TransferHandle>> gated;
@@ -89,13 +100,7 @@ void Connection::adopt(const std::shared_ptr<Connection>& other) {
                 gated.push_back(std::move(handle));
             }
         }
-        for (auto& hold : other->session_.give_up_holds()) {
-            std::static_pointer_cast<LeaseHandle>(hold)->move_to(shared_from_this());
-            session_.post_hold(std::move(hold), now);
-        }
-        for (auto& message : other->session_.give_up_messages()) {
-            session_.post_message(std::move(message), now);
-        }
+        take_over_rest(*other, now);
         dependents_.insert(dependents_.end(), std::make_move_iterator(other->dependents_.begin()),
                            std::make_move_iterator(other->dependents_.end()));
         other->dependents_.clear();

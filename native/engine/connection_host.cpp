@@ -145,6 +145,14 @@ std::optional<protocol::Bytes> Connection::locate(TransferHandle& source) {
     return std::move(located->location);
 }
 
+// By chunks, or by copies; what has moved nothing would have gone the way that there is.
+std::string Connection::way_of(const TransferHandle& handle) const {
+    const bool chunks = handle.chunks != 0 || handle.attempt > 1 || (handle.matched_at != 0 && !handle.pulls);
+    return path_ == nullptr || chunks || path_->channel() != backends::Path::Channel::up
+               ? backend_
+               : path_->name_of_copies();
+}
+
 void Connection::can_copy(bool can) {
     {
         const std::lock_guard lock(mutex_);

@@ -26,11 +26,8 @@ void Session::receive(const Header& header, std::span<const std::byte> body, Tim
         case FrameType::done: on_done(header, now); break;
         case FrameType::abort: on_abort(header, body, now); break;
         case FrameType::aborted:
-            if ((header.flags & kFromSource) != 0) {
-                on_aborted_for_destination(header, now);
-            } else {
-                on_aborted_for_source(header, now);
-            }
+            (header.flags & kFromSource) != 0 ? on_aborted_for_destination(header, now)
+                                              : on_aborted_for_source(header, now);
             break;
         case FrameType::gated: on_gated(header, now); break;
         case FrameType::released: on_released(header, body, now); break;

@@ -155,7 +155,7 @@ def test_require_leaves_no_other_way(endpoint):
         endpoint(backends=None, require={"host": ("inproc",)}).connect(where)
     assert caught.value.reasons == {"tcp": "not among Config.require"}
     other_memory = endpoint(backends=None, require={"cuda": ("inproc",)})
-    assert other_memory.connect(where).backend == "tcp"
+    assert other_memory.connect(where).backend == "shm"
 
 
 def test_peers_that_nobody_accepts_and_that_have_gone_do_not_pile_up(endpoint):

@@ -34,14 +34,14 @@ def server():
 def test_bandwidth(server, capsys, case):
     assert run(server, "--case", case, "--scale", SCALES[case], "--rounds", "2", "--json", "-") == 0
     told = json.loads(capsys.readouterr().out)
-    assert (told["case"], told["verb"], told["backend"], told["rounds"]) == (case, "recv", "tcp", 2)
+    assert (told["case"], told["verb"], told["backend"], told["rounds"]) == (case, "recv", "shm", 2)
     assert told["verified"] is True
     rates = told["gb_per_s"]
     assert 0 < rates["least"] <= rates["median"] <= rates["most"]
     assert min(told["cpu_s_per_gb"].values()) >= 0
     assert set(told["cpu_s_per_gb"]) == {"here", "there"}
     assert told["latency_us"] is None
-    assert "host memory: tcp" in told["explain"]
+    assert "host memory: shm" in told["explain"]
     assert told["versions"] == {"here": kvt.__version__, "there": kvt.__version__}
 
 
