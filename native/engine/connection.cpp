@@ -257,9 +257,9 @@ bool Connection::settle_once(std::uint64_t small_nbytes) {
         }
     }
     if (output.inbox) {
-        deliver_messages();  // before the word that they have come is sent
+        deliver_messages();  // then there is the word that they have come
     }
-    if (output.path && output.control) {
+    if (output.path && (output.control || output.inbox)) {
         output.path->flush_control();
     }
     for (const auto& transfer : output.finished) {

@@ -272,7 +272,11 @@ void Connection::deliver_messages() {
         inbox = session_.take_messages();
     }
     if (!inbox.empty()) {
+        const std::size_t count = inbox.size();
         engine_.deliver(shared_from_this(), std::move(inbox));
+        const std::lock_guard lock(mutex_);
+        session_.messages_queued(count);
+        session_.pump(monotonic_ns());
     }
 }
 

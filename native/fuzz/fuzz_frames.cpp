@@ -426,7 +426,10 @@ class Script {
             demand(message->finished, "a message that hasn't finished");
             ++messages_over_;
         }
-        for (auto& message : session_.take_messages()) inbox_.push_back(std::move(message));
+        for (auto& message : session_.take_messages()) {
+            inbox_.push_back(std::move(message));
+            session_.messages_queued(1);
+        }
         if (reads_) read_outbox();
     }
     void check_outcome(Record& mine) {

@@ -375,6 +375,7 @@ void Session::pump(Time now) {
     }
     pump_holds();
     pump_messages();
+    acknowledge_messages();
 }
 
 void Session::pump_messages() {

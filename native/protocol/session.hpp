@@ -169,6 +169,8 @@ class Session {
     void hold_ended(const Token& token);
     void post_message(MessagePtr message, Time now);
     void forget_pool(std::uint64_t pool_id);
+    /// So many of those that take_messages() gave are where the user finds them: only now are they told of.
+    void messages_queued(std::size_t count);
     void messages_taken(std::uint64_t nbytes);
 
     // What the peer says. Throws Violation or Excess; the caller then ends the session with lost().
@@ -298,6 +300,7 @@ class Session {
     void tell_or_queue(const TransferPtr& transfer);
     void count_outstanding(Transfer& transfer, bool counts) noexcept;
     void pump_messages();
+    void acknowledge_messages();
     void apply(const TransferPtr& transfer, Event event, Time now);
     void act(const TransferPtr& transfer, Action action, Time now);
     void begin_quiesce(const TransferPtr& transfer);
@@ -460,6 +463,8 @@ class Session {
     std::deque<std::uint64_t> untaken_;                                        // their sizes, in order
     std::uint64_t taken_ahead_ = 0;  // bytes of the first of them that are taken
     std::vector<Bytes> inbox_;
+    std::uint64_t queued_messages_ = 0;
+    bool ack_due_ = false;
 
     Bytes outbox_;
     std::vector<TransferPtr> quiescing_, finished_;

@@ -35,7 +35,18 @@ void Session::on_message(const Header& header, std::span<const std::byte> body) 
     inbox_bytes_ += charge;
     untaken_.push_back(body.size());
     inbox_.emplace_back(body.begin(), body.end());
-    send(FrameType::message_ack, 0, received_messages_, taken_bytes_, 0);
+}
+
+void Session::messages_queued(std::size_t count) {
+    queued_messages_ += count;
+    ack_due_ = true;
+}
+
+// One word for all that was queued and taken meanwhile: a burst of messages has no burst of answers.
+void Session::acknowledge_messages() {
+    if (std::exchange(ack_due_, false)) {
+        send(FrameType::message_ack, 0, queued_messages_, taken_bytes_, 0);
+    }
 }
 
 // The user takes messages whole and in order; an empty one goes with what was taken before it.
@@ -49,7 +60,7 @@ void Session::messages_taken(std::uint64_t nbytes) {
     }
     inbox_bytes_ -= charges;
     taken_bytes_ += charges;
-    send(FrameType::message_ack, 0, received_messages_, taken_bytes_, 0);
+    ack_due_ = true;
 }
 
 void Session::on_message_ack(const Header& header, Time now) {

@@ -104,6 +104,10 @@ class Party {
     /// Collects what the session has to say; answers quiescing unless `hold_quiesce`.
     void settle(Time now = 0) {
         for (;;) {
+            for (auto& one : session.take_messages()) {
+                inbox.push_back(std::move(one));
+                session.messages_queued(1);
+            }
             session.pump(now);
             Bytes& out = session.outbox();
             std::size_t at = 0;
@@ -120,9 +124,6 @@ class Party {
             }
             for (auto& one : session.take_finished_messages()) {
                 messages_done.push_back(one);
-            }
-            for (auto& one : session.take_messages()) {
-                inbox.push_back(std::move(one));
             }
             auto asked = session.take_quiescing();
             quiescing.insert(quiescing.end(), asked.begin(), asked.end());

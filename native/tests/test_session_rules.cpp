@@ -446,15 +446,31 @@ TEST_CASE("M9: offers, wants, pools, messages and answers are bounded") {
         }
     }
     SUBCASE("answers that it doesn't read") {
-        Hostile h;
+        SessionConfig config;
+        config.capabilities = kCanGrant;
+        Hostile h(config);
         const auto flood = [&] {
-            Header header{FrameType::message, 0, 0, 0, 0, 0, 0, 0};
+            Header header{FrameType::hold, 0, 0, 0, 0, 0, 0, 0};
             for (std::uint64_t i = 1; i < 100'000; ++i) {
                 header.transfer = i;
-                h.party.session.receive(header, {}, 0);
+                h.party.session.receive(header, encode_hold({}), 0);
             }
         };
         CHECK_THROWS_AS(flood(), Excess);
+    }
+    SUBCASE("but a burst of messages has one answer") {
+        SessionConfig config;
+        Hostile h(config);
+        Header header{FrameType::message, 0, 0, 0, 0, 0, 0, 0};
+        for (std::uint64_t i = 1; i <= 300'000; ++i) {  // an honest window's: 64 bytes are charged for each
+            header.transfer = i;
+            h.party.session.receive(header, {}, 0);
+        }
+        CHECK(h.party.session.outbox().empty());  // none of them is queued for the user yet
+        h.party.settle();
+        REQUIRE(h.party.said.size() == 1);
+        CHECK(h.party.said.front().header.type == FrameType::message_ack);
+        CHECK(h.party.said.front().header.transfer == 300'000);
     }
     SUBCASE("words on refused wants") {
         Hostile h;

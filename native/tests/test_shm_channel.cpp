@@ -228,7 +228,7 @@ TEST_CASE("M17: what is no message is a violation, and every descriptor of it is
     CHECK_FALSE(refused(segment.data(), 64, 0, 1));  // somewhere in it is enough
     CHECK(refused(segment.data(), 64, 0));
     CHECK(refused(gone.data(), 64, 1));
-    for (const std::uint32_t type : {0u, 6u, ~0u}) {
+    for (const std::uint32_t type : {0u, 8u, ~0u}) {
         CHECK(refused(raw(type).data(), 64, 0));
         CHECK(refused(raw(type).data(), 64, 1));
     }

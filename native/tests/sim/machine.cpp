@@ -132,6 +132,7 @@ void Machine::settle() {
     for (Bytes& message : session_.take_messages()) {
         untaken_ += message.size();
         received_.push_back(std::move(message));
+        session_.messages_queued(1);
     }
     if (session_.has_chunks() && !closed_) {
         for (const auto& lane : lanes_) {
