@@ -37,7 +37,11 @@ class TcpControl final : public Pollable, public std::enable_shared_from_this<Tc
 
     void start();
     void on_events(std::uint32_t events) override;
-    void failed(const std::exception& why) override { host_.give_up(why); }
+    void failed(const std::exception& why) override {
+        if (const auto host = keep_host_.lock()) {
+            host_.give_up(why);
+        }
+    }
     void flush();
     bool drive(const Path::StopCondition& stop, int wake_fd, std::int64_t until);
     void read_last_words();

@@ -122,8 +122,8 @@ bool TcpControl::read_here() {
         }
         host_.settle();
         return true;
-    } catch (const std::bad_alloc& short_of) {
-        host_.give_up(short_of);
+    } catch (const std::exception& why) {
+        host_.give_up(why);
         return false;
     }
 }

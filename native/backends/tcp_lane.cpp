@@ -217,8 +217,8 @@ bool TcpLane::write_from_here() {
     }
     try {
         write_turn({}, kTurnNbytes, true);
-    } catch (const std::bad_alloc& short_of) {
-        failed(short_of);  // the connection ends, and with it the transfer; the post was made
+    } catch (const std::exception& why) {
+        failed(why);  // the connection ends, and with it the transfer; the post was made
         return true;
     }
     const std::lock_guard lock(tx_mutex_);
@@ -241,7 +241,9 @@ void TcpLane::broke(const Broken& how) {
 void TcpLane::failed(const std::exception& why) {
     closed_.store(true);
     mover_.remove(fd_.get());
-    host_.give_up(why);
+    if (const auto host = keep_host_.lock()) {
+        host_.give_up(why);
+    }
 }
 
 void TcpLane::quiesce(const protocol::Transfer* transfer) {

@@ -156,12 +156,19 @@ void Admission::accept_all(Listener& listener) {
             admit(listener.id, fd);
             continue;
         }
-        if (errno == EMFILE || errno == ENFILE) {
+        const int why = errno;
+        if (why == EINTR || why == ECONNABORTED) {
+            continue;
+        }
+        if (why == EMFILE || why == ENFILE) {
             if (refuse_one(listener)) {
                 continue;
             }
-        } else if (errno == EINTR || errno == ECONNABORTED) {
-            continue;
+        } else if (why !=
+                   EAGAIN) {  // ENOMEM, ENOBUFS: level-triggered, it would spin for as long as that lasts
+            const protocol::Time now = monotonic_ns();
+            deafen(listener, now);
+            say("out of memory for sockets: connections can't be accepted", now);
         }
         return;
     }
@@ -176,12 +183,16 @@ bool Admission::refuse_one(Listener& listener) {
     if (refused >= 0) {
         ::close(refused);
     } else if (errno == EMFILE || errno == ENFILE) {  // another thread was quicker than we, or the limit fell
-        engine_.reactor().modify(listener.fd.get(), 0);
-        deaf_until_ = now + kDeafFor;
+        deafen(listener, now);
     }
     reserve_ = Fd(::open("/dev/null", O_RDONLY | O_CLOEXEC));
     say("out of file descriptors: a connection was refused; raise the limit (ulimit -n)", now);
     return refused >= 0;
+}
+
+void Admission::deafen(Listener& listener, protocol::Time now) {
+    engine_.reactor().modify(listener.fd.get(), 0);
+    deaf_until_ = now + kDeafFor;
 }
 
 void Admission::say(const char* what, protocol::Time now) {

@@ -47,6 +47,7 @@ class Admission {
     class Stranger;
     void accept_all(Listener& listener);
     bool refuse_one(Listener& listener);
+    void deafen(Listener& listener, protocol::Time now);
     void listen_again(protocol::Time now);
     void admit(std::uint64_t listener, int fd);
     void make_room();
