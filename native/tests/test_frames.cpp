@@ -197,6 +197,84 @@ TEST_CASE("a reason that is too long ends with a whole character") {
     CHECK(cut(std::string(2000, '\x80')) > 1000);  // bytes that are no UTF-8
 }
 
+TEST_CASE("bodies of one-sided frames: round trips, and every other length is refused") {
+    const GrantUse part{{std::byte{1}, std::byte{2}}, 77, false, 3, 2, {{{4, 0, 9}, {1}}}};
+    const GrantUse all{{std::byte{7}}, 0, true, 0, 0, {}};
+    for (const GrantUse& use : {part, all}) {
+        const Bytes read = encode_read({use, some_terms(), {{0, 5}, {5, 9}}});
+        check_length(read, [](std::span<const std::byte> raw) { decode_read(raw); });
+        const ReadBody again = decode_read(read);
+        CHECK(again.use.token == use.token);
+        CHECK(again.use.wait_ms == use.wait_ms);
+        CHECK(again.use.every_head == use.every_head);
+        CHECK(again.use.head_begin == use.head_begin);
+        CHECK(again.use.head_count == use.head_count);
+        CHECK(again.use.subset == use.subset);
+        CHECK(again.ranges == std::vector<Range>{{0, 5}, {5, 9}});
+        CHECK(encode_read(again) == read);
+        const Bytes write = encode_write({use, "meta", some_terms()});
+        check_length(write, [](std::span<const std::byte> raw) { decode_write(raw); });
+        CHECK(decode_write(write).meta == "meta");
+        CHECK(encode_write(decode_write(write)) == write);
+    }
+    CHECK(part.positions() == 4);
+    CHECK(all.positions() == 0);
+    const Bytes hold = encode_hold({part.token, 5});
+    check_length(hold, [](std::span<const std::byte> raw) { decode_hold(raw); });
+    CHECK(encode_hold(decode_hold(hold)) == hold);
+    const Bytes ranges = encode_ranges({{1, 2}, {4, 8}});
+    check_length(ranges, [](std::span<const std::byte> raw) { decode_ranges(raw); });
+    CHECK(decode_ranges(ranges) == std::vector<Range>{{1, 2}, {4, 8}});
+}
+
+TEST_CASE("bodies of one-sided frames: values out of bounds") {
+    const ReadBody plain{.use = {}, .terms = some_terms(), .ranges = {}};
+    Bytes read = encode_read(plain);
+    for (int flags = 0; flags < 256; ++flags) {
+        read[20] = static_cast<std::byte>(flags);  // behind the token and the wait
+        if (flags > 3) CHECK_THROWS_AS(decode_read(read), Violation);
+    }
+    Terms huge = some_terms();
+    huge.groups[0].blocks = 0xffffffff;  // its positions aren't there: nothing is allocated
+    ReadBody bent = plain;
+    bent.terms = huge;
+    bent.use.subset = {{1}, {2}};
+    CHECK_THROWS_AS(decode_read(encode_read(bent)), Violation);
+    bent = plain;
+    bent.ranges = {{5, 5}};
+    CHECK_THROWS_AS(decode_read(encode_read(bent)), Violation);
+    const WriteBody wordy{.use = {}, .meta = std::string(4097, 'm'), .terms = some_terms()};
+    CHECK_THROWS_AS(decode_write(encode_write(wordy)), Violation);
+    CHECK_THROWS_AS(decode_ranges(encode_ranges({{4, 8}, {1, 2}})), Violation);
+    CHECK_THROWS_AS(decode_ranges(encode_ranges(std::vector<Range>(4097, Range{0, 1}))), Violation);
+}
+
+TEST_CASE("headers: the bounds and flags of the younger types") {
+    const auto fits = [](FrameType type, std::uint32_t body, std::uint8_t flags = 0) {
+        try {
+            decode(encode_header(header_of(type, body, flags)));
+            return true;
+        } catch (const Violation&) {
+            return false;
+        }
+    };
+    CHECK(fits(FrameType::hold, 20));
+    CHECK(fits(FrameType::hold, 0, kLetGo));
+    CHECK_FALSE(fits(FrameType::hold, 21));
+    CHECK(fits(FrameType::held, 0, kHeldNot));
+    CHECK_FALSE(fits(FrameType::held, 1));
+    CHECK(fits(FrameType::located, 0, kBehindGate));
+    CHECK_FALSE(fits(FrameType::again, 19));
+    CHECK_FALSE(fits(FrameType::copied, 1));
+    CHECK(fits(FrameType::read, 1, kWantPulls));
+    CHECK_FALSE(fits(FrameType::read, 1, kWantOfWrite));
+    CHECK_FALSE(fits(FrameType::read, 0));
+    CHECK(fits(FrameType::write, 1));
+    CHECK_FALSE(fits(FrameType::write, 1, 1));
+    CHECK(fits(FrameType::want, 1, kWantPulls | kWantOfWrite));
+    CHECK_FALSE(fits(FrameType::want, 1, 4));
+}
+
 TEST_CASE("bodies: values out of bounds") {
     CHECK_THROWS_AS(decode_want(encode_want({"", "", some_terms(), {}})), Violation);
     CHECK_THROWS_AS(decode_want(encode_want({std::string(256, 'k'), "", some_terms(), {}})), Violation);
@@ -214,7 +292,7 @@ TEST_CASE("bodies: values out of bounds") {
     many = some_terms();
     many.groups.assign(1025, {0, 1});
     CHECK_THROWS_AS(decode_want(encode_want({"k", "", many, {}})), Violation);
-    for (const std::uint32_t code : {0u, 8u, 0xffffffffu}) {
+    for (const std::uint32_t code : {0u, 9u, 0xffffffffu}) {
         CHECK_THROWS_AS(decode_abort(encode_abort({static_cast<AbortCode>(code), "", {}})), Violation);
     }
     PoolTerms pool = some_pool();
@@ -242,6 +320,10 @@ TEST_CASE("random bytes: a Violation or a value, never more") {
         quietly([](auto body) { decode_abort(body); });
         quietly([](auto body) { decode_pool(body); });
         quietly([](auto body) { decode_released(body); });
+        quietly([](auto body) { decode_ranges(body); });
+        quietly([](auto body) { decode_read(body); });
+        quietly([](auto body) { decode_write(body); });
+        quietly([](auto body) { decode_hold(body); });
         if (raw.size() >= kHeaderNbytes) {
             Raw head{};
             std::copy_n(raw.begin(), kHeaderNbytes, head.begin());

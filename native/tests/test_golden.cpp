@@ -73,6 +73,36 @@ std::vector<Example> pools_and_transfers() {
     };
 }
 
+std::vector<Example> copies_and_grants() {
+    Token token{};
+    for (std::size_t i = 0; i < token.size(); ++i) {
+        token[i] = static_cast<std::byte>(0xa0 + i);
+    }
+    const GrantUse whole{token, 0, true, 0, 0, {}}, part{token, 1500, false, 4, 2, {{{5, 0, 2}}}};
+    Header located = header_of(FrameType::located, 4, 10'000'000'000, 2, kBehindGate),
+           again = header_of(FrameType::again, 4);
+    located.attempt = 1;
+    again.attempt = 2;
+    return {
+        {"located", located, bytes_of("where")},
+        {"again", again, encode_ranges({{0, 8192}, {12288, 24576}})},
+        {"copied", header_of(FrameType::copied, 4, 8192), {}},
+        {"read", header_of(FrameType::read, 5, 24576),
+         encode_read({whole, terms_of_layers(9), {{0, 24576}}})},
+        {"read, part", header_of(FrameType::read, 6, 24576, 0, kWantPulls),
+         encode_read({part, terms_of_layers(9), {{0, 24576}}})},
+        {"write", header_of(FrameType::write, 2, 24576), encode_write({part, "meta", terms_of_layers(7)})},
+        {"want, of a write", header_of(FrameType::want, 7, 24576, 2, kWantOfWrite),
+         encode_want({"token", "", terms_of_layers(9), {{0, 24576}}})},
+        {"hold", header_of(FrameType::hold, 1), encode_hold({token, 1500})},
+        {"hold, let go", header_of(FrameType::hold, 1, 0, 0, kLetGo), {}},
+        {"held", header_of(FrameType::held, 1), {}},
+        {"held, not", header_of(FrameType::held, 1, 0, 0, kHeldNot), {}},
+        {"abort, grant", header_of(FrameType::abort, 5, 0, 0, kFromSource),
+         encode_abort({AbortCode::grant, "", {}})},
+    };
+}
+
 Header chunk_header() {
     Header header = header_of(FrameType::chunk, 3, 24576, 1);
     header.attempt = 1;
@@ -89,6 +119,9 @@ void append_trailer(Bytes& out, const Trailer& trailer) {
 std::map<std::string, Bytes> encoded() {
     std::map<std::string, Bytes> all;
     for (const Example& example : pools_and_transfers()) {
+        append_frame(all[example.name], example.header, example.body);
+    }
+    for (const Example& example : copies_and_grants()) {
         append_frame(all[example.name], example.header, example.body);
     }
     const Bytes payload = bytes_of("golden bytes!");
@@ -150,6 +183,10 @@ Bytes again(const Header& header, std::span<const std::byte> body) {
         case FrameType::want: return encode_want(decode_want(body));
         case FrameType::abort: return encode_abort(decode_abort(body));
         case FrameType::released: return encode_released(decode_released(body));
+        case FrameType::again: return encode_ranges(decode_ranges(body));
+        case FrameType::read: return encode_read(decode_read(body));
+        case FrameType::write: return encode_write(decode_write(body));
+        case FrameType::hold: return (header.flags & kLetGo) != 0 ? Bytes() : encode_hold(decode_hold(body));
         default: return Bytes(body.begin(), body.end());
     }
 }

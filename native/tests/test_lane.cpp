@@ -163,6 +163,46 @@ std::shared_ptr<Scattered> source_of(std::size_t pieces, std::size_t piece) {
 const auto kAll = [] { return ~std::size_t{0}; };
 const auto kOne = [] { return std::size_t{1}; };
 
+// What a writer makes of one chunk of a source whose grant ends when so many bytes have left; `trailer_at`:
+// where the call began that wrote the trailer's first byte.
+struct Guarded {
+    Guarded(DigestKind digest, std::size_t ends_at, std::size_t step, bool granted_all_along = false) {
+        Buffers buffers;
+        LaneWriter writer(host, digest);
+        const auto ended = std::make_shared<std::atomic<bool>>(false);
+        source->ended = ended;
+        writer.start(job_of(source, 0, 50));
+        for (bool done = false; !done;) {
+            if (out.size() >= ends_at && !granted_all_along) ended->store(true);
+            iovec iov[24];
+            const std::size_t count = writer.gather(iov, 24, 4096, buffers.staging(false));
+            const std::size_t before = out.size();
+            for (std::size_t i = 0, room = step; i < count && room > 0; ++i) {
+                const std::size_t here = std::min(room, iov[i].iov_len);
+                const auto* at = static_cast<const std::byte*>(iov[i].iov_base);
+                out.insert(out.end(), at, at + here);
+                room -= here;
+            }
+            if (before <= kTrailer && out.size() > kTrailer) trailer_at = before;
+            done = writer.wrote(out.size() - before);
+        }
+        Host reading;
+        reading.into = std::make_shared<Scattered>(10, 5, 2);
+        LaneReader reader(reading, digest);
+        read(reader, out, buffers.staging(false), kAll);
+        REQUIRE(reading.ended.size() == 1);
+        end = reading.ended[0];
+        whole = reading.into->stream() == source->stream();
+    }
+    static constexpr std::size_t kTrailer = kHeaderNbytes + 50;
+    std::shared_ptr<Scattered> source = source_of(10, 5);
+    Host host;
+    Bytes out;
+    std::size_t trailer_at = 0;
+    Ended end{};
+    bool whole = false;
+};
+
 // A short lane of three chunks.
 struct Chunks {
     static constexpr std::array<std::uint64_t, 4> kCuts = {0, 1, 31, 50};
@@ -451,4 +491,45 @@ TEST_CASE("what the session refuses is stored nowhere") {
     LaneReader refuses(host, DigestKind::none);
     CHECK_THROWS_AS(read(refuses, stream, buffers.staging(), kAll), Violation);
     CHECK(host.into->memory == before);
+}
+
+TEST_CASE("the trailer of what is read by a grant leaves by a call of its own, after the last byte") {
+    for (const DigestKind digest : {DigestKind::none, DigestKind::crc32c}) {
+        for (const std::size_t step : {std::size_t{1}, std::size_t{7}, ~std::size_t{0}}) {
+            const Guarded whole(digest, 0, step, true);
+            CHECK(whole.trailer_at == Guarded::kTrailer);
+            CHECK(whole.end == Ended{0, true, true, ChunkStatus::ok});
+            CHECK(whole.whole);
+            CHECK(whole.host.left == std::vector{std::pair(true, true)});
+        }
+    }
+}
+
+TEST_CASE(
+    "a grant that ends before the trailer has begun: ABORTED; after: what it speaks for was read before") {
+    for (const DigestKind digest : {DigestKind::none, DigestKind::crc32c}) {
+        for (const std::size_t step : {std::size_t{1}, std::size_t{7}, ~std::size_t{0}}) {
+            for (std::size_t at = 0; at <= Guarded::kTrailer + kTrailerNbytes - 1; ++at) {
+                CAPTURE(at);
+                const Guarded cut(digest, at, step);
+                const bool seen = at <= cut.trailer_at;  // it had ended when the trailer was made
+                CHECK(cut.end.status == (seen ? ChunkStatus::aborted : ChunkStatus::ok));
+                CHECK(cut.host.left == std::vector{std::pair(!seen, true)});
+                CHECK(cut.out.size() == Guarded::kTrailer + kTrailerNbytes);
+            }
+        }
+    }
+}
+
+TEST_CASE("a source of its own user's needs no call more") {
+    Host host;
+    Buffers buffers;
+    LaneWriter writer(host, DigestKind::crc32c);
+    const auto source = source_of(10, 5);
+    writer.start(job_of(source, 0, 50));
+    iovec iov[24];
+    std::size_t planned = 0;
+    const std::size_t count = writer.gather(iov, 24, 4096, buffers.staging(false));
+    for (std::size_t i = 0; i < count; ++i) planned += iov[i].iov_len;
+    CHECK(planned == kHeaderNbytes + 50 + kTrailerNbytes);
 }

@@ -171,6 +171,13 @@ TYPES = [
     "MESSAGE_ACK",
     "PING",
     "CLOSE",
+    "LOCATED",
+    "AGAIN",
+    "COPIED",
+    "READ",
+    "WRITE",
+    "HOLD",
+    "HELD",
 ]
 
 
@@ -264,3 +271,36 @@ def test_digest() -> None:
     assert struct.unpack("<BBHI8s", raw[-16:]) == (1, 1, 0, digest, bytes(8))
     assert struct.unpack("<BBHI8s", FRAMES["chunk, plain"][-16:]) == (1, 0, 0, 0, bytes(8))
     assert struct.unpack("<BBHI8s", FRAMES["chunk, aborted"][-16:]) == (2, 0, 0, 0, bytes(8))
+
+
+def use_of(at: Cursor) -> tuple:
+    return at.take("16sIBII")
+
+
+def test_copies() -> None:
+    kind, flags, attempt, _, want, _, stall, offer, *_ = HEADER.unpack(FRAMES["located"][:64])
+    assert (kind, flags, attempt, want, stall, offer) == (14, 1, 1, 4, 10_000_000_000, 2)
+    assert FRAMES["located"][64:] == b"where"
+    assert HEADER.unpack(FRAMES["again"][:64])[2] == 2
+    assert body("again").take("IQQQQ") == (2, 0, 8192, 12288, 24576)
+
+
+def test_grants() -> None:
+    token = bytes(range(0xA0, 0xB0))
+    at = body("read")
+    assert use_of(at) == (token, 0, 0, 0, 0)
+    assert at.terms() == (9, [(0, 3)], [(1, 4096), (0, 4096)])
+    assert at.take("IQQ") == (1, 0, 24576)
+    assert not at.data
+    at = body("read, part")
+    assert use_of(at) == (token, 1500, 3, 4, 2)
+    at.terms()
+    assert at.take("III") == (5, 0, 2)  # as many positions as the terms say blocks
+    assert at.take("IQQ") == (1, 0, 24576)
+    at = body("write")
+    assert (use_of(at), at.text()) == ((token, 1500, 3, 4, 2), b"meta")
+    at.terms()
+    assert at.take("III") == (5, 0, 2)
+    assert not at.data
+    assert body("hold").take("16sI") == (token, 1500)
+    assert body("abort, grant").take("I") == (8,)
