@@ -138,7 +138,8 @@ class Connection final : public backends::PathHost,
     Service serve_write(const protocol::WriteBody& write, const protocol::PoolTerms& theirs) override;
     bool hold(const protocol::Token& token) override;
     void release(const protocol::Token& token) override;
-    void await(const protocol::Token& token) override;
+    bool await(const protocol::Token& token) override;
+    void await_no_more(const protocol::Token& token) override;
 
     protocol::TransferPtr lend(std::uint64_t want) override;
     void returned(const protocol::TransferPtr& transfer) override;

@@ -51,7 +51,7 @@ std::optional<std::vector<std::uint32_t>> layers_for(const Terms& terms, const P
 }
 
 /// Our block ids by group, for the positions that the peer names of its own groups.
-std::vector<std::shared_ptr<const memory::Ids>> ids_for(const GrantHandle& grant, const GrantUse& use,
+std::vector<std::shared_ptr<const memory::Ids>> ids_for(const GrantHandlePtr& grant, const GrantUse& use,
                                                         const Terms& terms, const PoolTerms& theirs,
                                                         const PoolTerms& ours,
                                                         const std::vector<std::uint32_t>& layers) {
@@ -61,12 +61,12 @@ std::vector<std::shared_ptr<const memory::Ids>> ids_for(const GrantHandle& grant
         const std::uint16_t group = theirs.layers[terms.layers[i].index].group;
         const auto place = std::find_if(terms.groups.begin(), terms.groups.end(),
                                         [&](const auto& known) { return known.index == group; });
-        const auto& granted = grant.blocks[mine];
+        const auto& granted = grant->blocks[mine];
         if (ids[mine] != nullptr || place == terms.groups.end()) {
             continue;
         }
         if (!use.subset) {
-            ids[mine] = std::make_shared<const memory::Ids>(granted);
+            ids[mine] = std::shared_ptr<const memory::Ids>(grant, &granted);  // not a copy for each of many
             continue;
         }
         const auto& positions = (*use.subset)[static_cast<std::size_t>(place - terms.groups.begin())];
@@ -96,7 +96,7 @@ Connection::Service Connection::plan_service(const GrantHandlePtr& grant, const 
         service.answer = Answer::mismatch;
         return service;
     }
-    auto ids = ids_for(*grant, use, terms, theirs, pool->terms(), *layers);
+    auto ids = ids_for(grant, use, terms, theirs, pool->terms(), *layers);
     const memory::Heads heads{use.head_begin, use.head_count, use.every_head};
     auto plan = std::make_shared<memory::StreamPlan>(pool->shape(), std::move(*layers), std::move(ids),
                                                      heads);
@@ -157,7 +157,10 @@ Connection::Service Connection::serve_write(const protocol::WriteBody& write, co
     const auto transfer = std::static_pointer_cast<TransferHandle>(service.transfer);
     try {
         engine_.claim(*transfer);
-    } catch (const std::logic_error&) {  // among them LocalViolation: others fill some of these bytes
+    } catch (const std::invalid_argument&) {  // it names some of them twice
+        grant->block_pool()->unuse();
+        return {};
+    } catch (const protocol::LocalViolation&) {  // others fill some of these bytes
         grant->block_pool()->unuse();
         return {Answer::busy, nullptr, {}};
     } catch (...) {
@@ -178,7 +181,9 @@ bool Connection::hold(const Token& token) {
 
 void Connection::release(const Token& token) { engine_.grants().release(token, reader_); }
 
-void Connection::await(const Token& token) { engine_.grants().await(token, shared_from_this()); }
+bool Connection::await(const Token& token) { return engine_.grants().await(token, shared_from_this()); }
+
+void Connection::await_no_more(const Token& token) { engine_.grants().await_no_more(token, *this); }
 
 // ---- for Grants
 

@@ -1,6 +1,7 @@
 #include "engine/grants.hpp"
 
 #include <algorithm>
+#include <iterator>
 #include <utility>
 
 #include "base/clock.hpp"
@@ -54,8 +55,8 @@ void Grants::add(const GrantHandlePtr& grant) {
         }
         ++counters_.made;
         deadline = grant->deadline;
-        if (auto node = awaited_.extract(text_of(grant->token)); !node.empty()) {
-            waiters = std::move(node.mapped());
+        if (const auto known = awaited_.find(text_of(grant->token)); known != awaited_.end()) {
+            waiters = known->second;
         }
     }
     engine_.need_by(deadline, nullptr);
@@ -66,13 +67,29 @@ void Grants::add(const GrantHandlePtr& grant) {
     }
 }
 
-void Grants::await(const Token& token, const std::shared_ptr<Connection>& waiter) {
+bool Grants::await(const Token& token, const std::shared_ptr<Connection>& waiter) {
     const std::lock_guard lock(mutex_);
     auto& waiters = awaited_[text_of(token)];
     std::erase_if(waiters, [](const auto& known) { return known.expired(); });
     if (std::none_of(waiters.begin(), waiters.end(),
                      [&](const auto& known) { return known.lock() == waiter; })) {
         waiters.push_back(waiter);
+    }
+    return book_.find(token) != nullptr;
+}
+
+void Grants::await_no_more(const Token& token, const Connection& waiter) {
+    const std::lock_guard lock(mutex_);
+    const auto known = awaited_.find(text_of(token));
+    if (known == awaited_.end()) {
+        return;
+    }
+    const auto mine = waiter.weak_from_this();
+    std::erase_if(known->second, [&](const auto& one) {
+        return one.expired() || (!one.owner_before(mine) && !mine.owner_before(one));
+    });
+    if (known->second.empty()) {
+        awaited_.erase(known);
     }
 }
 
@@ -124,6 +141,28 @@ void Grants::end_loans(GrantHandle& grant) {
     }
 }
 
+// Under the lock, in one with the end: who finds the grant ended finds it here.
+void Grants::note_ended(const Ended& ended) {
+    for (const GrantPtr& grant : ended) {
+        if (grant->mode == GrantMode::write) {
+            landing_.push_back(handle_of(grant));
+        }
+    }
+}
+
+// What others have ended a moment ago, and the reactor hasn't stopped yet: bytes may still land there.
+void Grants::stop_landing(std::uint64_t pool) {
+    std::vector<GrantHandlePtr> landing;
+    {
+        const std::lock_guard lock(mutex_);
+        std::copy_if(landing_.begin(), landing_.end(), std::back_inserter(landing),
+                     [&](const auto& grant) { return grant->pool_id == pool; });
+    }
+    for (const GrantHandlePtr& grant : landing) {
+        stop_served(grant);
+    }
+}
+
 bool Grants::run() {
     std::vector<GrantHandlePtr> retiring;
     {
@@ -138,6 +177,10 @@ bool Grants::run() {
 
 void Grants::retire(const GrantHandlePtr& grant) {
     stop_served(grant);
+    {
+        const std::lock_guard lock(mutex_);
+        std::erase(landing_, grant);
+    }
     grant->complete();
     tell_holders(*grant);
 }
@@ -146,7 +189,7 @@ void Grants::stop_served(const GrantHandlePtr& grant) {
     std::vector<std::weak_ptr<TransferHandle>> served;
     {
         const std::lock_guard lock(mutex_);
-        served = std::exchange(grant->served, {});
+        served = grant->served;  // each leaves it when it is over: two may be at this
     }
     for (const auto& weak : served) {
         if (const auto transfer = weak.lock(); transfer && !transfer->done()) {
@@ -174,9 +217,13 @@ void Grants::revoke(const GrantHandlePtr& grant) {
         const std::lock_guard lock(mutex_);
         if (book_.end(grant, GrantState::revoked)) {
             ended.push_back(grant);
+            note_ended(ended);
         }
     }
     finish(ended, kRevoked, By::user);
+    if (grant->mode == GrantMode::write) {
+        stop_served(grant);
+    }
 }
 
 void Grants::reuse(std::uint64_t pool, const Blocks& by_group) {
@@ -190,8 +237,10 @@ void Grants::reuse(std::uint64_t pool, const Blocks& by_group) {
             auto more = book_.end_blocks(pool, group, *by_group[group]);
             ended.insert(ended.end(), more.begin(), more.end());
         }
+        note_ended(ended);
     }
     finish(ended, kReused, By::user);
+    stop_landing(pool);
 }
 
 void Grants::end_pool(std::uint64_t pool) {
@@ -199,8 +248,10 @@ void Grants::end_pool(std::uint64_t pool) {
     {
         const std::lock_guard lock(mutex_);
         ended = book_.end_pool(pool);
+        note_ended(ended);
     }
     finish(ended, kClosed, By::user);
+    stop_landing(pool);
 }
 
 Time Grants::on_time(Time now) {
@@ -209,6 +260,7 @@ Time Grants::on_time(Time now) {
     {
         const std::lock_guard lock(mutex_);
         ended = book_.expire(now);
+        note_ended(ended);
         next = book_.next_deadline();
     }
     finish(ended, kExpired, By::others);
@@ -252,13 +304,14 @@ void Grants::served(const TransferHandle& transfer, const std::string& reader) {
             const auto alive = known.lock();
             return alive == nullptr || alive.get() == &transfer;
         });
-        if (succeeded) {
+        if (succeeded && grant->state == GrantState::open) {  // else its user may read the result already
             const std::uint64_t before = grant->result.nbytes;
             grant->result = transfer.result;
             grant->result.nbytes += before;
         }
         if (const GrantPtr over = book_.over(grant, reader, succeeded)) {
             ended.push_back(over);
+            note_ended(ended);
         }
     }
     finish(ended, kFinished, By::others);
@@ -280,6 +333,7 @@ void Grants::release(const Token& token, const std::string& reader) {
         const std::lock_guard lock(mutex_);
         if (const GrantPtr over = book_.release(token, reader, monotonic_ns())) {
             ended.push_back(over);
+            note_ended(ended);
         }
         next = book_.next_deadline();
     }
@@ -293,6 +347,7 @@ void Grants::reader_gone(const std::string& reader, bool dead) {
     {
         const std::lock_guard lock(mutex_);
         ended = book_.reader_gone(reader, dead, monotonic_ns());
+        note_ended(ended);
         next = book_.next_deadline();
     }
     finish(ended, kDead, By::others);
@@ -309,6 +364,11 @@ GrantState Grants::state_of(const GrantHandle& grant) const {
 Grants::Counters Grants::counters() const {
     const std::lock_guard lock(mutex_);
     return counters_;
+}
+
+std::size_t Grants::awaited() const {
+    const std::lock_guard lock(mutex_);
+    return awaited_.size();
 }
 
 std::size_t Grants::open() const {

@@ -59,7 +59,10 @@ class Grants final : public Runnable, public std::enable_shared_from_this<Grants
     bool hold(const protocol::Token& token, const std::shared_ptr<Connection>& holder,
               const std::string& reader);
     void release(const protocol::Token& token, const std::string& reader);
-    void await(const protocol::Token& token, const std::shared_ptr<Connection>& waiter);
+    /// True: there is one, made perhaps since the waiter looked.
+    bool await(const protocol::Token& token, const std::shared_ptr<Connection>& waiter);
+    void await_no_more(const protocol::Token& token, const Connection& waiter);
+    std::size_t awaited() const;
     /// False: it has ended meanwhile.
     bool serving(const GrantHandlePtr& grant, const std::shared_ptr<TransferHandle>& transfer);
     /// What was opened to the peer for a transfer by it; false: it has ended, and nothing may be.
@@ -86,6 +89,8 @@ class Grants final : public Runnable, public std::enable_shared_from_this<Grants
     void count(protocol::GrantState state);
     void end_loans(GrantHandle& grant);
     void stop_served(const GrantHandlePtr& grant);
+    void note_ended(const Ended& ended);
+    void stop_landing(std::uint64_t pool);
     void tell_holders(GrantHandle& grant);
 
     Engine& engine_;
@@ -93,6 +98,7 @@ class Grants final : public Runnable, public std::enable_shared_from_this<Grants
     protocol::GrantBook book_;
     std::unordered_map<std::string, std::vector<std::weak_ptr<Connection>>> awaited_;  // by token
     std::vector<GrantHandlePtr> retiring_;  // ended, and their transfers still to be stopped
+    std::vector<GrantHandlePtr> landing_;   // for write, and ended: bytes may still land there
     Counters counters_;
 };
 

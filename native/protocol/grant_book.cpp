@@ -84,7 +84,9 @@ GrantPtr GrantBook::release(const Token& token, const std::string& reader, Time 
     if (grant->leases.empty()) {
         let_time_run(*grant, now);
     }
-    grant->finished.insert(reader);
+    if (grant->readers != 0) {  // else it serves whoever comes, also who was here before
+        grant->finished.insert(reader);
+    }
     return end_if_finished(grant);
 }
 
@@ -175,7 +177,7 @@ std::vector<GrantPtr> GrantBook::reader_gone(const std::string& reader, bool dea
         if (held && grant->leases.empty()) {
             let_time_run(*grant, now);
         }
-        if (dead && grant->to == reader) {
+        if (dead && !reader.empty() && grant->to == reader) {
             ended.push_back(grant);
         }
     }

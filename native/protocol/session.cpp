@@ -197,8 +197,13 @@ void Session::admit(const TransferPtr& transfer, const char* key_in_use) {
     if (transfer->two_sided()) {
         keys.emplace(transfer->key, transfer);
     } else {
-        one_sided_.insert(transfer);
+        enter_one_sided(transfer);
     }
+}
+
+void Session::enter_one_sided(const TransferPtr& transfer) {
+    transfer->one_sided = next_one_sided_++;
+    one_sided_.emplace(transfer->one_sided, transfer);
 }
 
 // Gives a post its place and, if its partner waits here, its match.
@@ -228,7 +233,10 @@ void Session::enter(const TransferPtr& transfer, Time now) {
 }
 
 std::vector<TransferPtr> Session::all_unfinished() const {
-    std::vector<TransferPtr> all(one_sided_.begin(), one_sided_.end());
+    std::vector<TransferPtr> all;
+    for (const auto& [place, transfer] : one_sided_) {
+        all.push_back(transfer);
+    }
     for (const auto* keys : {&source_keys_, &destination_keys_}) {
         for (const auto& [key, transfer] : *keys) {
             all.push_back(transfer);
@@ -278,7 +286,7 @@ bool Session::room_to_answer(const Transfer& transfer) const noexcept {
 }
 
 void Session::count_outstanding(Transfer& transfer, bool counts) noexcept {
-    if (transfer.outstanding != counts) {
+    if (transfer.ended == nullptr && transfer.outstanding != counts) {
         transfer.outstanding = counts;
         outstanding_ += counts ? 1 : -1;
         outstanding_charge_ += counts ? transfer.charge : -transfer.charge;
@@ -426,10 +434,15 @@ void Session::apply(const TransferPtr& transfer, Event event, Time now) {
         if (event == Event::first_bytes && transfer->first_byte_at == 0) {
             transfer->first_byte_at = now;
         }
-        count_outstanding(*transfer, false);
-        if (transfer->use != nullptr) {
+        if (transfer->two_sided()) {
+            count_outstanding(*transfer, false);
+        } else if (transfer->use != nullptr) {
             admitted_to(transfer->use->token);
         }
+    }
+    const bool ends = row.to == State::ending || row.to == State::draining || row.to == State::over;
+    if (ends && transfer->ended != nullptr) {
+        count_served(*transfer, false);
     }
     act(transfer, row.action, now);
 }
@@ -542,6 +555,7 @@ void Session::finish(const TransferPtr& transfer, Time now) {
     forget(transfer);
     if (transfer->state == State::draining && transfer->told) {
         tombstones_.emplace(tombstone_key(*transfer), transfer);
+        served_tombstones_ += transfer->ended != nullptr ? 1 : 0;
     }
 }
 
@@ -553,7 +567,10 @@ void Session::forget(const TransferPtr& transfer) {
     if (const auto mine = keys.find(transfer->key); mine != keys.end() && mine->second == transfer) {
         keys.erase(mine);
     }
-    one_sided_.erase(transfer);
+    if (const auto mine = one_sided_.find(transfer->one_sided);
+        mine != one_sided_.end() && mine->second == transfer) {
+        one_sided_.erase(mine);
+    }
     if (transfer->role == Role::source) {
         offers_.erase(transfer->id);
         matched_.erase(transfer->want);
@@ -569,6 +586,7 @@ void Session::forget(const TransferPtr& transfer) {
     const auto stone = std::find_if(begin, end, [&](const auto& item) { return item.second == transfer; });
     if (stone != end) {
         tombstones_.erase(stone);
+        served_tombstones_ -= transfer->ended != nullptr ? 1 : 0;
     }
 }
 

@@ -91,8 +91,11 @@ class GrantHost {
     /// True: it is held for the peer, until release() or the end of the session.
     virtual bool hold(const Token& token) = 0;
     virtual void release(const Token& token) = 0;
-    /// Somebody waits for this grant: grant_came() when it is there.
-    virtual void await(const Token& token) = 0;
+    /// Somebody waits for this grant: grant_came() whenever one of this name is made. True: one is here, made
+    /// perhaps since it was asked for.
+    virtual bool await(const Token& token) = 0;
+    /// Nobody does any more.
+    virtual void await_no_more(const Token& token) = 0;
 };
 
 /// A lease on a grant of the peer's, and its handle's record. The engine derives from it.
@@ -286,6 +289,7 @@ class Session {
     void withdraw(const TransferPtr& transfer);
     void take_regions(const Transfer& transfer);
     void enter(const TransferPtr& transfer, Time now);
+    void enter_one_sided(const TransferPtr& transfer);
     std::vector<TransferPtr> all_unfinished() const;
     std::vector<TransferPtr> waiting_posts() const;
     bool room_to_end_receives() const noexcept;
@@ -299,6 +303,7 @@ class Session {
     void send_write(const TransferPtr& transfer);
     void tell_or_queue(const TransferPtr& transfer);
     void count_outstanding(Transfer& transfer, bool counts) noexcept;
+    void count_served(Transfer& transfer, bool counts) noexcept;
     void pump_messages();
     void acknowledge_messages();
     void apply(const TransferPtr& transfer, Event event, Time now);
@@ -339,6 +344,13 @@ class Session {
     void refuse_offer(std::uint64_t offer, AbortCode code, const std::string& reason,
                       const Mismatch& mismatch);
     void send_refusal(const Header& header, const AbortBody& body);
+    /// Refuses what costs our own user nothing: an answer to the peer, and counted as one.
+    template <class Refuse>
+    void answering(Refuse refuse) {
+        const std::size_t own = own_nbytes_;
+        refuse();
+        own_nbytes_ = own;
+    }
     void on_message(const Header& header, std::span<const std::byte> body);
     void on_message_ack(const Header& header, Time now);
 
@@ -390,13 +402,20 @@ class Session {
     void on_want_of_write(const Header& header, WantBody body, Time now);
     bool serve(const WaitingRead& read, Time now);
     bool serve(const WaitingWrite& write, Time now);
-    void begin_serving(const TransferPtr& transfer, Time now);
+    void begin_serving(const TransferPtr& transfer, std::size_t charge, Time now);
+    void wait_for_grant(const Token& token, Time now);
+    void wait_no_more(const Token& token);
     template <class Body>
     void wait_or_deny(std::map<std::uint64_t, Waiting<Body>>& waiting, Waiting<Body> use, Time now);
     template <class Body>
     bool stop_waiting(std::map<std::uint64_t, Waiting<Body>>& waiting, std::uint64_t id);
-    void deny(const WaitingRead& read, AbortCode code, const std::string& reason);
-    void deny(const WaitingWrite& write, AbortCode code, const std::string& reason);
+    void stop_waiting(std::map<std::uint64_t, WaitingHold>::iterator hold);
+    template <class Body>
+    void end_waiting(std::map<std::uint64_t, Waiting<Body>>& waiting,
+                     typename std::map<std::uint64_t, Waiting<Body>>::iterator use, AbortCode code,
+                     const std::string& reason);
+    void deny(const WaitingRead& read, AbortCode code, const std::string& reason, const Mismatch& mismatch);
+    void deny(const WaitingWrite& write, AbortCode code, const std::string& reason, const Mismatch& mismatch);
     void stop_waiting_for_grants(Time now);
     void admitted_to(const Token& token);
     std::optional<std::string> take_refusal(const Token& token, Time now);
@@ -416,7 +435,8 @@ class Session {
 
     std::uint64_t next_offer_ = 1, next_want_ = 1, next_message_ = 1;
     std::unordered_map<std::string, TransferPtr> source_keys_, destination_keys_;  // unfinished, by key
-    std::unordered_set<TransferPtr> one_sided_;               // unfinished, by a grant of either side
+    std::map<std::uint64_t, TransferPtr> one_sided_;  // unfinished, by a grant of either side, in order
+    std::uint64_t next_one_sided_ = 1;
     std::unordered_map<std::uint64_t, TransferPtr> offers_;   // sources by our id, once told
     std::unordered_map<std::uint64_t, TransferPtr> matched_;  // sources by the peer's want id
     std::unordered_map<std::uint64_t, TransferPtr>
@@ -433,7 +453,10 @@ class Session {
     std::map<std::uint64_t, WaitingRead> waiting_reads_;    // by want
     std::map<std::uint64_t, WaitingWrite> waiting_writes_;  // by offer
     std::map<std::uint64_t, WaitingHold> waiting_holds_;    // the peer's, by its number
-    std::map<std::uint64_t, Token> held_;                   // likewise
+    std::map<Token, std::size_t> awaited_;                  // by how many of these three
+    std::map<std::uint64_t, Token> held_;                   // as waiting_holds_
+    std::size_t served_reads_ = 0, served_writes_ = 0;      // the peer's, that go on
+    std::size_t served_tombstones_ = 0;                     // of tombstones_
     std::map<std::uint64_t, HoldPtr> holds_;                // ours, once told
     std::deque<HoldPtr> untold_holds_;
     std::uint64_t next_hold_ = 1, last_hold_seen_ = 0;

@@ -169,6 +169,7 @@ void Session::on_released(const Header& header, std::span<const std::byte> body,
     if (!transfer->located) {
         throw Violation("a RELEASED for what isn't copied");
     }
+    bool fresh = false;
     for (const std::uint32_t i : layers) {
         if (i >= transfer->spans.size()) {
             throw Violation("a RELEASED names a layer that isn't there");
@@ -181,9 +182,12 @@ void Session::on_released(const Header& header, std::span<const std::byte> body,
             throw Violation("a RELEASED names a layer twice");
         }
         transfer->pending.add(span);
+        fresh = true;
     }
-    transfer->moved_at = now;
-    copies_.push_back(transfer);
+    if (fresh) {  // a word that names nothing moves no clock: a source could hold us for ever with it
+        transfer->moved_at = now;
+        copies_.push_back(transfer);
+    }
 }
 
 std::optional<ChunkTarget> Session::next_copy(Time now) {

@@ -13,6 +13,8 @@ namespace kvt::protocol {
 namespace {
 
 constexpr std::size_t kMaxHolds = 65'536, kMaxAdmitted = 65'536, kMaxTokenRefusals = 65'536;
+// Writes that have ended here and whose chunks, of those that the peer had begun, are still on a lane.
+constexpr std::size_t kMaxServedTombstones = 4096;
 constexpr Time kMs = 1'000'000;
 
 // Of a transfer that is served: its user is the peer, whose own limits it is under.
@@ -57,7 +59,7 @@ void Session::on_want_of_write(const Header& header, WantBody body, Time now) {
         throw Violation("a WANT answers an OFFER as if it were a WRITE");
     }
     if (known == offers_.end() || known->second->state != State::posted) {
-        refuse_want(header.transfer, AbortCode::cancelled, {}, {});  // it has ended here meanwhile
+        answering([&] { refuse_want(header.transfer, AbortCode::cancelled, {}, {}); });  // ended meanwhile
         return;
     }
     const bool pulls = (header.flags & kWantPulls) != 0;
@@ -162,14 +164,19 @@ void Session::on_read(const Header& header, std::span<const std::byte> raw, Time
         throw Violation("a READ pulls where that wasn't agreed");
     }
     WaitingRead read{header.transfer, header.total, 0, pulls, now, decode_read(raw)};
+    read.charge = charge_of(charge_of_use(read.body.use), read.body.terms, read.body.ranges.size());
     const PoolTerms& theirs = peer_pool(read.body.terms);
     const std::uint64_t last = read.body.ranges.empty() ? 0 : read.body.ranges.back().end;
     if (stream_nbytes(theirs, read.body.terms) != header.total || last > header.total ||
         (last == 0) != (header.total == 0)) {
         throw Violation("a READ's bytes aren't those of its terms");
     }
+    if (unmatched_wants_.size() + waiting_reads_.size() + served_reads_ >= config_.unmatched) {
+        throw Excess("the peer has more than " + std::to_string(config_.unmatched) + " READs and WANTs");
+    }
+    charge_peer(read.charge);
     if (const auto reason = take_refusal(read.body.use.token, now)) {
-        deny(read, AbortCode::refused, *reason);
+        deny(read, AbortCode::refused, *reason, {});
     } else if (!serve(read, now)) {
         wait_or_deny(waiting_reads_, std::move(read), now);
     }
@@ -184,29 +191,35 @@ void Session::on_write(const Header& header, std::span<const std::byte> raw, Tim
     }
     last_offer_seen_ = header.transfer;
     WaitingWrite write{header.transfer, header.total, 0, false, now, decode_write(raw)};
+    const std::size_t text = charge_of_use(write.body.use) + write.body.meta.size();
+    write.charge = charge_of(text, write.body.terms, 0);
     if (stream_nbytes(peer_pool(write.body.terms), write.body.terms) != header.total) {
         throw Violation("a WRITE's bytes aren't those of its terms");
     }
-    if (!room_to_end_receives()) {
+    if (unmatched_offers_.size() + waiting_writes_.size() + served_writes_ >= config_.unmatched) {
+        throw Excess("the peer has more than " + std::to_string(config_.unmatched) + " WRITEs and OFFERs");
+    }
+    if (served_tombstones_ >= kMaxServedTombstones) {
         throw Excess("the peer leaves the ends of its writes unanswered");
     }
+    charge_peer(write.charge);
     if (const auto reason = take_refusal(write.body.use.token, now)) {
-        deny(write, AbortCode::refused, *reason);
+        deny(write, AbortCode::refused, *reason, {});
     } else if (!serve(write, now)) {
         wait_or_deny(waiting_writes_, std::move(write), now);
     }
 }
 
-// False: its grant isn't here.
+// False: its grant isn't here. Else its charge is the served transfer's, or gone.
 bool Session::serve(const WaitingRead& read, Time now) {
     const PoolTerms* theirs = open_pool(read.body.terms, read.total);
     if (theirs == nullptr) {
-        refuse_want(read.id, AbortCode::layout_mismatch, {}, {"pool", "", "closed"});
+        deny(read, AbortCode::layout_mismatch, {}, {"pool", "", "closed"});
         return true;
     }
     const auto service = grants_ ? grants_->serve_read(read.body, *theirs) : GrantHost::Service{};
     if (service.answer == GrantHost::Answer::mismatch) {
-        refuse_want(read.id, AbortCode::layout_mismatch, {}, service.mismatch);
+        deny(read, AbortCode::layout_mismatch, {}, service.mismatch);
         return true;
     }
     if (service.answer != GrantHost::Answer::served) {
@@ -215,7 +228,7 @@ bool Session::serve(const WaitingRead& read, Time now) {
     const TransferPtr& transfer = service.transfer;
     transfer->want = read.id;
     transfer->pulls = read.pulls;
-    begin_serving(transfer, now);
+    begin_serving(transfer, read.charge, now);
     matched_.emplace(read.id, transfer);
     apply(transfer, Event::match, now);
     WantBody want;
@@ -227,18 +240,17 @@ bool Session::serve(const WaitingRead& read, Time now) {
 bool Session::serve(const WaitingWrite& write, Time now) {
     const PoolTerms* theirs = open_pool(write.body.terms, write.total);
     if (theirs == nullptr) {
-        refuse_offer(write.id, AbortCode::layout_mismatch, {}, {"pool", "", "closed"});
+        deny(write, AbortCode::layout_mismatch, {}, {"pool", "", "closed"});
         return true;
     }
     const auto service = grants_ ? grants_->serve_write(write.body, *theirs) : GrantHost::Service{};
     switch (service.answer) {
         case GrantHost::Answer::not_here: return false;
         case GrantHost::Answer::mismatch:
-            refuse_offer(write.id, AbortCode::layout_mismatch, {}, service.mismatch);
+            deny(write, AbortCode::layout_mismatch, {}, service.mismatch);
             return true;
         case GrantHost::Answer::busy:
-            refuse_offer(write.id, AbortCode::local_error, "another transfer writes some of these blocks",
-                         {});
+            deny(write, AbortCode::local_error, "another transfer writes some of these blocks", {});
             return true;
         case GrantHost::Answer::served: break;
     }
@@ -246,7 +258,7 @@ bool Session::serve(const WaitingWrite& write, Time now) {
     transfer->partner = write.id;
     transfer->offer_seen = true;
     transfer->peer_meta = write.body.meta;
-    begin_serving(transfer, now);
+    begin_serving(transfer, write.charge, now);
     partners_.emplace(write.id, transfer);
     announce(transfer->terms.pool, *transfer->pool);
     send_want(transfer);
@@ -254,34 +266,57 @@ bool Session::serve(const WaitingWrite& write, Time now) {
     return true;
 }
 
-void Session::begin_serving(const TransferPtr& transfer, Time now) {
+void Session::begin_serving(const TransferPtr& transfer, std::size_t charge, Time now) {
+    transfer->charge = charge;
+    count_served(*transfer, true);
     transfer->limits = {kServedMatch, transfer->role == Role::source ? kNever : kServedStall, kNever};
     transfer->posted_at = transfer->waits_since = transfer->moved_at = now;
-    one_sided_.insert(transfer);
+    enter_one_sided(transfer);
     watch(*transfer);
+}
+
+// Counted from its READ or WRITE until it ends here: the peer counts it for at least as long.
+void Session::count_served(Transfer& transfer, bool counts) noexcept {
+    if (transfer.outstanding == counts) {
+        return;
+    }
+    transfer.outstanding = counts;
+    (transfer.role == Role::source ? served_reads_ : served_writes_) += counts ? 1 : -1;
+    if (!counts) {
+        peer_charge_ -= transfer.charge;
+    }
 }
 
 template <class Body>
 void Session::wait_or_deny(std::map<std::uint64_t, Waiting<Body>>& waiting, Waiting<Body> use, Time now) {
     const std::uint32_t wait_ms = use.body.use.wait_ms;
     if (wait_ms == 0) {
-        deny(use, AbortCode::grant, {});
+        deny(use, AbortCode::grant, {}, {});
         return;
     }
-    if (waiting_reads_.size() + unmatched_wants_.size() >= config_.unmatched ||
-        waiting_writes_.size() + unmatched_offers_.size() >= config_.unmatched) {
-        throw Excess("the peer has more than " + std::to_string(config_.unmatched) +
-                     " transfers that wait for their grants or keys");
-    }
-    use.charge = charge_of(charge_of_use(use.body.use), use.body.terms, 1);
-    charge_peer(use.charge);
     use.until = now + Time{wait_ms} * kMs;
     watch(use.until);
     const Token token = use.body.use.token;
     const std::uint64_t id = use.id;
     waiting.emplace(id, std::move(use));
-    if (grants_ != nullptr) {
-        grants_->await(token);
+    wait_for_grant(token, now);
+}
+
+// It may have been made since it was looked for.
+void Session::wait_for_grant(const Token& token, Time now) {
+    ++awaited_[token];
+    if (grants_ != nullptr && grants_->await(token)) {
+        grant_came(token, now);
+    }
+}
+
+void Session::wait_no_more(const Token& token) {
+    const auto known = awaited_.find(token);
+    if (--known->second == 0) {
+        awaited_.erase(known);
+        if (grants_ != nullptr) {
+            grants_->await_no_more(token);
+        }
     }
 }
 
@@ -291,19 +326,25 @@ bool Session::stop_waiting(std::map<std::uint64_t, Waiting<Body>>& waiting, std:
     if (known == waiting.end()) {
         return false;
     }
+    const Token token = known->second.body.use.token;
     peer_charge_ -= known->second.charge;
     waiting.erase(known);
+    wait_no_more(token);
     return true;
 }
 template bool Session::stop_waiting(std::map<std::uint64_t, WaitingRead>&, std::uint64_t);
 template bool Session::stop_waiting(std::map<std::uint64_t, WaitingWrite>&, std::uint64_t);
 
-void Session::deny(const WaitingRead& read, AbortCode code, const std::string& reason) {
-    refuse_want(read.id, code, reason, {});
+void Session::deny(const WaitingRead& read, AbortCode code, const std::string& reason,
+                   const Mismatch& mismatch) {
+    peer_charge_ -= read.charge;
+    answering([&] { refuse_want(read.id, code, reason, mismatch); });
 }
 
-void Session::deny(const WaitingWrite& write, AbortCode code, const std::string& reason) {
-    refuse_offer(write.id, code, reason, {});
+void Session::deny(const WaitingWrite& write, AbortCode code, const std::string& reason,
+                   const Mismatch& mismatch) {
+    peer_charge_ -= write.charge;
+    answering([&] { refuse_offer(write.id, code, reason, mismatch); });
 }
 
 void Session::on_hold(const Header& header, std::span<const std::byte> raw, Time now) {
@@ -314,7 +355,7 @@ void Session::on_hold(const Header& header, std::span<const std::byte> raw, Time
         if (!raw.empty() || header.transfer > last_hold_seen_) {
             throw Violation("a HOLD that lets go of nothing");
         }
-        waiting_holds_.erase(header.transfer);
+        stop_waiting(waiting_holds_.find(header.transfer));
         if (const auto known = held_.extract(header.transfer); !known.empty() && grants_ != nullptr) {
             grants_->release(known.mapped());
         }
@@ -337,9 +378,15 @@ void Session::on_hold(const Header& header, std::span<const std::byte> raw, Time
         const Time until = now + Time{body.wait_ms} * kMs;
         waiting_holds_.emplace(header.transfer, WaitingHold{body.token, until});
         watch(until);
-        if (grants_ != nullptr) {
-            grants_->await(body.token);
-        }
+        wait_for_grant(body.token, now);
+    }
+}
+
+void Session::stop_waiting(std::map<std::uint64_t, WaitingHold>::iterator hold) {
+    if (hold != waiting_holds_.end()) {
+        const Token token = hold->second.token;
+        waiting_holds_.erase(hold);
+        wait_no_more(token);
     }
 }
 
@@ -363,12 +410,9 @@ void Session::grant_came(const Token& token, Time now) {
             if (here->second.body.use.token != token) {
                 continue;
             }
-            const auto use = std::move(here->second);
-            peer_charge_ -= use.charge;
-            waiting.erase(here);
-            if (!serve(use, now)) {  // ended again, or another's: it goes on waiting
-                peer_charge_ += use.charge;
-                waiting.emplace(use.id, use);
+            if (serve(here->second, now)) {  // else ended again, or another's: it goes on waiting
+                waiting.erase(here);
+                wait_no_more(token);
             }
         }
     };
@@ -380,11 +424,21 @@ void Session::grant_came(const Token& token, Time now) {
         if (here->second.token == token && grants_ != nullptr && grants_->hold(token)) {
             held_.emplace(here->first, token);
             send(FrameType::held, 0, here->first, 0, 0);
-            waiting_holds_.erase(here);
+            stop_waiting(here);
         }
     }
     serve_all(waiting_reads_);
     serve_all(waiting_writes_);
+}
+
+template <class Body>
+void Session::end_waiting(std::map<std::uint64_t, Waiting<Body>>& waiting,
+                          typename std::map<std::uint64_t, Waiting<Body>>::iterator use, AbortCode code,
+                          const std::string& reason) {
+    const Token token = use->second.body.use.token;
+    deny(use->second, code, reason, {});
+    waiting.erase(use);
+    wait_no_more(token);
 }
 
 void Session::stop_waiting_for_grants(Time now) {
@@ -395,8 +449,7 @@ void Session::stop_waiting_for_grants(Time now) {
                 watch(here->second.until);
                 continue;
             }
-            deny(here->second, AbortCode::grant, {});
-            stop_waiting(waiting, here->first);
+            end_waiting(waiting, here, AbortCode::grant, {});
         }
     };
     expire(waiting_reads_);
@@ -408,7 +461,7 @@ void Session::stop_waiting_for_grants(Time now) {
             continue;
         }
         send(FrameType::held, kHeldNot, here->first, 0, 0);
-        waiting_holds_.erase(here);
+        stop_waiting(here);
     }
 }
 
@@ -421,8 +474,7 @@ void Session::refuse(const Token& token, const std::string& reason, Time until, 
         for (auto it = waiting.begin(); it != waiting.end();) {
             const auto here = it++;
             if (here->second.body.use.token == token) {
-                deny(here->second, AbortCode::refused, reason);
-                stop_waiting(waiting, here->first);
+                end_waiting(waiting, here, AbortCode::refused, reason);
                 told = true;
             }
         }
@@ -433,7 +485,7 @@ void Session::refuse(const Token& token, const std::string& reason, Time until, 
         const auto here = it++;
         if (here->second.token == token) {
             send(FrameType::held, kHeldNot, here->first, 0, 0);
-            waiting_holds_.erase(here);
+            stop_waiting(here);
         }
     }
     if (told) {

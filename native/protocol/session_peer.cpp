@@ -141,7 +141,7 @@ void Session::charge_peer(std::size_t nbytes) {
 // A WANT that answers an OFFER of ours is beyond the peer's own limit: it couldn't know that the OFFER is
 // withdrawn.
 void Session::keep(UnmatchedWant want, bool answers_offer) {
-    if (unmatched_wants_.size() + waiting_reads_.size() >=
+    if (unmatched_wants_.size() + waiting_reads_.size() + served_reads_ >=
         (answers_offer ? 2 : 1) * std::size_t{config_.unmatched}) {
         throw Excess("the peer has more than " + std::to_string(config_.unmatched) + " unmatched WANTs");
     }
@@ -157,7 +157,7 @@ void Session::keep(UnmatchedWant want, bool answers_offer) {
 }
 
 void Session::keep(UnmatchedOffer offer) {
-    if (unmatched_offers_.size() + waiting_writes_.size() >= config_.unmatched) {
+    if (unmatched_offers_.size() + waiting_writes_.size() + served_writes_ >= config_.unmatched) {
         throw Excess("the peer has more than " + std::to_string(config_.unmatched) + " unmatched OFFERs");
     }
     offer.charge = charge_of(offer.body.key.size() + offer.body.meta.size(), offer.body.terms, 0);

@@ -26,6 +26,9 @@ void Session::on_want(const Header& header, std::span<const std::byte> raw, Time
         throw Violation("a WANT answers an OFFER that wasn't made");
     }
     if ((header.flags & kWantOfWrite) != 0) {
+        if ((config_.capabilities & kCanGrant) == 0) {
+            throw Violation("a WANT answers a WRITE where that wasn't agreed");
+        }
         on_want_of_write(header, std::move(body), now);
         return;
     }

@@ -154,6 +154,11 @@ void Session::drop_everything_kept() {
     waiting_reads_.clear();
     waiting_writes_.clear();
     waiting_holds_.clear();
+    for (const auto& [token, waiters] : std::exchange(awaited_, {})) {
+        if (grants_ != nullptr) {
+            grants_->await_no_more(token);
+        }
+    }
     held_.clear();
     peer_pools_.clear();
     peer_charge_ = peer_regions_ = 0;

@@ -168,6 +168,7 @@ class Transfer {
     std::shared_ptr<const Gate> gate;
     Limits limits;
     std::shared_ptr<const GrantUse> use;  // one-sided: the peer's grant that it goes by
+    std::uint64_t one_sided = 0;          // its place among the session's one-sided ones
     /// Served by a grant of ours: turns true before the owner may rewrite what is read, or read what is
     /// written. Nothing that was read before this was looked at may be sealed.
     std::shared_ptr<const std::atomic<bool>> ended;
@@ -179,9 +180,10 @@ class Transfer {
     std::uint64_t want = 0;  // the id on the wire once matched: the destination's want id
     std::uint64_t partner = 0;    // destination: the offer that met it
     std::uint64_t offer_due = 0;  // destination: the offer that the source's chunks name; 0: none
-    bool outstanding =
-        false;          // told, and the peer may keep it without a partner: counts against the peer's limit
-    bool told = false;  // an OFFER (source) or WANT (destination) has gone out
+    // Told, and the peer may keep it: a two-sided one until it has a partner, a one-sided one until it is
+    // over. Counts against the peer's limit; of what is served here, against ours.
+    bool outstanding = false;
+    bool told = false;         // an OFFER (source) or WANT (destination) has gone out
     bool offer_seen = false;   // destination: an OFFER for it was read
     bool offer_known = false;  // destination: offer_due has been said
     bool pulls = false;        // the WANT said that the destination can copy
