@@ -215,7 +215,9 @@ class EnginePair {
     explicit EnginePair(const Terms& terms = {}) : a(terms, 'a'), b(terms, 'b'), terms_(terms) {
         config_.digest = terms.digest;
         config_.chunk_nbytes = terms.chunk_nbytes;
-        config_.capabilities = terms.way == Way::inproc ? protocol::kCanCopy : 0;
+        config_.capabilities = protocol::kCanGrant | (terms.way == Way::inproc ? protocol::kCanCopy : 0);
+        a.connection->set_reader("b");
+        b.connection->set_reader("a");
         config_.pulls = terms.way == Way::inproc;
         if (terms.way == Way::inproc) {
             join_inproc();

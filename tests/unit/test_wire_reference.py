@@ -19,6 +19,7 @@ FRAMES = native("protocol/frames.hpp")
 SOURCES = (
     FRAMES + native("protocol/frames.cpp") + native("protocol/session.hpp") + native("protocol/session_peer.cpp")
     + native("protocol/session.cpp") + native("protocol/session_destination.cpp") + native("protocol/charges.hpp")
+    + native("protocol/session_grants.cpp")
 )  # fmt: skip
 
 
@@ -57,9 +58,8 @@ def test_frame_types() -> None:
 
 def test_bodies_and_flags() -> None:
     """kRules of frames.cpp, by name."""
-    flags = {"kPoolClosed": 1, "kWantPulls": 1, "kGateShut": 1, "kFromSource | kOfferId": 3, "0": 0}
     rules = {
-        name: (flags[flag], eval_length(least), eval_length(most))
+        name: (sum(bit(word) for word in flag.split(" | ")), eval_length(least), eval_length(most))
         for name, flag, least, most in re.findall(
             r"\{FrameType::(\w+), ([\w| ]+), ([^,]+), ([^}]+)\}", native("protocol/frames.cpp")
         )
@@ -69,6 +69,11 @@ def test_bodies_and_flags() -> None:
         bounds = [int(n.replace(",", "")) for n in re.findall(r"[\d,]+", body.split(";")[0])]
         said = sum(int(bit) for bit in re.findall(r"(\d) [a-z]", flag))
         assert rules[name.lower()] == (said, bounds[0], bounds[-1]), name
+
+
+def bit(name: str) -> int:
+    """A flag of frames.hpp, by name."""
+    return 0 if name == "0" else int(re.findall(rf"{name} =\s+(\d);", FRAMES)[0])
 
 
 def eval_length(text: str) -> int:
@@ -83,14 +88,18 @@ def eval_length(text: str) -> int:
 
 
 def test_flag_bits() -> None:
-    for name, bit in (
+    for name, value in (
         ("kPoolClosed", 1),
         ("kWantPulls", 1),
+        ("kWantOfWrite", 2),
+        ("kLetGo", 1),
+        ("kHeldNot", 1),
+        ("kBehindGate", 1),
         ("kFromSource", 1),
         ("kOfferId", 2),
         ("kGateShut", 1),
     ):
-        assert re.search(rf"{name} =\s+{bit};", FRAMES), name
+        assert re.search(rf"{name} =\s+{value};", FRAMES), name
 
 
 def test_codes() -> None:
@@ -106,15 +115,16 @@ LIMITS = {
     "body of a CHUNK on control": "kMaxInlineNbytes",
     "key": "kMaxKeyNbytes",
     "meta": "kMaxMetaNbytes",
-    "location": "kMaxLocationNbytes",
+    "unused text of an OFFER": "kMaxLocationNbytes",
     "reason": "kMaxReasonNbytes",
     "name in a POOL": "kMaxNameNbytes",
     "groups in a POOL or terms": "kMaxGroups",
     "layers in a POOL or terms": "kMaxLayers",
-    "ranges in a WANT": "kMaxRanges",
+    "ranges in a WANT, READ or AGAIN": "kMaxRanges",
     "regions: layers of all open pools, one at least for each (H)": "regions",
-    "WANTs that wait for a send (H); as many more if they answer an OFFER": "unmatched",
-    "OFFERs that wait for a receive (H)": "unmatched",
+    "WANTs that wait for a send, and READs (H); as many more WANTs if they answer an OFFER": "unmatched",
+    "OFFERs that wait for a receive, and WRITEs (H)": "unmatched",
+    "writes that have ended here and whose chunks are still to come": "kMaxServedTombstones",
     "charges of the peer's pools, and of its WANTs and OFFERs that wait": "peer_state_nbytes",
     "charges of messages sent and not taken: half of the next": "message_window_nbytes",
     "charges of messages that wait for the user (H)": "message_queue_nbytes",
@@ -144,10 +154,13 @@ def test_limits_that_follow() -> None:
     waiting = "and its WANTs and OFFERs that wait; with WANTs that answer an OFFER twice as much"
     assert said[waiting] == charges // number("kToldShare")
     assert number("kAnsweredShare") * 2 == number("kToldShare")
+    assert said["leases, held and asked for"] == int(
+        re.findall(r"kMaxHolds = ([\d']+)", SOURCES)[0].replace("'", "")
+    )
     assert said["lanes of a session"] == messages.LANES_MAX
     assert said["record of a handshake"] == messages.RECORD_MAX_NBYTES
     assert said["strangers at once (C)"] == 64
-    assert len(said) == len(LIMITS) + 8, "a limit that no test knows"
+    assert len(said) == len(LIMITS) + 9, "a limit that no test knows"
 
 
 def test_charges() -> None:
@@ -165,6 +178,12 @@ def test_charges() -> None:
         f"{number('kPoolGroupCharge')} for each group and {number('kPoolLayerCharge')} for each layer."
         in text
     )
+
+
+def test_capabilities() -> None:
+    assert [int(row[0]) for row in rows("bit")] == [
+        int(value) for value in re.findall(r"kCan\w+ = (\d+);", FRAMES)
+    ]
 
 
 def test_sizes() -> None:
