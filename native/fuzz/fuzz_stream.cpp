@@ -119,6 +119,12 @@ class Script {
             case 6: return {{.type = FrameType::message, .transfer = op.a}, filled(op, op.b * 4200u)};
             case 7: return {{.type = FrameType::message, .transfer = op.a}, filled(op, op.b)};
             case 8: return {{.type = FrameType::chunk, .transfer = op.a}, filled(op, 1u + op.b * 64u)};
+            case 9: return peer_.read(op, (op.d & 1) != 0);
+            case 10: return peer_.write(op);
+            case 11: return peer_.hold(op);
+            case 12:
+                return {{.type = FrameType::again, .transfer = op.a}, encode_ranges({{op.b, op.b + 9u}})};
+            case 13: return {{.type = FrameType::located, .transfer = op.a}, filled(op, op.b * 16u)};
             default: return {{.type = FrameType::ping, .transfer = op.a, .arg = op.b}, {}};
         }
     }
