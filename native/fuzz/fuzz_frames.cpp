@@ -31,19 +31,21 @@ class Script {
   public:
     Script(Input input, std::size_t base) : input_(input), base_nbytes_(base), peer_(), session_(Time{0}) {
         const Op op = input_.op();
-        config_ = {.capabilities = (op.code & 1) != 0 ? kCanCopy : 0,
-                   .pulls = (op.code & 1) != 0,
-                   .digest = (op.code & 2) != 0 ? DigestKind::crc32c : DigestKind::none,
-                   .chunk_nbytes = 64u + op.a * 16u,
-                   .unmatched = 1u + op.b % 8u,
-                   .peer_unmatched = 1u + op.b / 8u % 8u,
-                   .regions = 2u + op.c % 8u,
-                   .peer_regions = (op.c & 64) != 0 ? 2u + op.c % 8u : 1024u,
-                   .message_window_nbytes = 2048,
-                   .message_queue_nbytes = 4096,
-                   .outbox_nbytes = 8192,
-                   .answers_nbytes = 16384,
-                   .peer_state_nbytes = 256u << 10};
+        session_.set_grants(&grants_);
+        config_ = {
+            .capabilities = ((op.code & 1) != 0 ? kCanCopy : 0) | ((op.code & 16) == 0 ? kCanGrant : 0),
+            .pulls = (op.code & 1) != 0,
+            .digest = (op.code & 2) != 0 ? DigestKind::crc32c : DigestKind::none,
+            .chunk_nbytes = 64u + op.a * 16u,
+            .unmatched = 1u + op.b % 8u,
+            .peer_unmatched = 1u + op.b / 8u % 8u,
+            .regions = 2u + op.c % 8u,
+            .peer_regions = (op.c & 64) != 0 ? 2u + op.c % 8u : 1024u,
+            .message_window_nbytes = 2048,
+            .message_queue_nbytes = 4096,
+            .outbox_nbytes = 8192,
+            .answers_nbytes = 16384,
+            .peer_state_nbytes = 256u << 10};
         lazy_ = (op.code & 4) != 0;
         if ((op.code & 8) == 0) session_.open(config_, now_);
         opened_ = (op.code & 8) == 0;
@@ -92,7 +94,7 @@ class Script {
         switch (op.code % 32) {
             case 0: return peer_.pool(op);
             case 1: return peer_.close_pool(op);
-            case 2: return peer_.want(op, config_.capabilities != 0 && (op.f & 1) == 0);
+            case 2: return peer_.want(op, can_copy() && (op.f & 1) == 0);
             case 3: return peer_.offer(op);
             case 4: return chunk_of(op, mine, kMaxInlineNbytes);
             case 5:
@@ -120,8 +122,17 @@ class Script {
             default: return {{.type = FrameType::close, .arg = op.a % 4u}, {}};
         }
     }
-    static Frame of_copies(const Op& op, const Record* mine) {
-        switch (op.b % 4) {
+    bool can_copy() const { return (config_.capabilities & kCanCopy) != 0; }
+    Frame of_copies(const Op& op, const Record* mine) {
+        switch (op.b % 8) {
+            case 4: return peer_.read({op.code, op.f, op.c, op.d, op.a, op.e}, can_copy() && (op.f & 1) == 0);
+            case 5: return peer_.write({op.code, op.f, op.c, op.d, op.a, op.e});
+            case 6: return peer_.hold(op);
+            case 7:
+                return {{.type = FrameType::held,
+                         .flags = static_cast<std::uint8_t>(op.d & 1),
+                         .transfer = op.c % 4u + 1},
+                        {}};
             case 0: return {{.type = FrameType::ping}, {}};
             case 1:
                 return {{.type = FrameType::located,
@@ -245,6 +256,11 @@ class Script {
             role, Peer::key_of(op.a % 4), pool,
             terms_of(pool, op.c & 3, op.c >> 2 & 7, (op.c >> 5 & 1) != 0));
         mine->meta = (op.d & 1) != 0 ? "meta" : "";
+        if ((op.d & 8) != 0) {
+            auto use = std::make_shared<GrantUse>();
+            use->token = token_of(op.e);
+            mine->use = use;
+        }
         mine->limits = {1000, 500, (op.d & 4) != 0 ? 2000 : kNever};
         if (role == Role::source && (op.d & 2) != 0) {
             mine->gate = gates_.emplace_back(std::make_shared<Gate>(4));
@@ -301,7 +317,14 @@ class Script {
         }
     }
     void seldom(const Op& op) {
-        switch (op.a % 8) {
+        switch (op.a % 16) {
+            case 8: grants_.make(op.b), session_.grant_came(token_of(op.b), now_); break;
+            case 9: end_grant(op.b); break;
+            case 10: hold(op); break;
+            case 11:
+                if (!holds_.empty()) session_.let_go(holds_[op.b % holds_.size()]);
+                break;
+            case 12: session_.refuse(token_of(op.b), "refused", now_ + op.c, now_); break;
             case 0: session_.forget_pool(op.b % 4u + 1); break;
             case 1: session_.resumed(now_); break;
             case 2: session_.ping(now_); break;
@@ -312,6 +335,21 @@ class Script {
                 break;
             case 5: session_.open(config_, now_), opened_ = true; break;
             default: session_.pump(now_);
+        }
+    }
+    void end_grant(unsigned n) {
+        for (const RecordPtr& record : grants_.end(n)) {
+            session_.stop(record, {Cause::grant_stale, Delivered::no, {}, {}}, now_);
+        }
+        session_.hold_ended(token_of(n));
+    }
+    void hold(const Op& op) {
+        try {
+            const auto hold = std::make_shared<Hold>();
+            hold->token = token_of(op.b);
+            session_.post_hold(hold, now_);
+            holds_.push_back(hold);
+        } catch (const LocalViolation&) {
         }
     }
     void answer_quiescing(std::size_t which) {
@@ -414,7 +452,7 @@ class Script {
             while (!lazy_ && !quiescing_.empty()) answer_quiescing(0);
         } while (session_.has_output() && !over_ && reads_);
         if (reads_ || over_) read_outbox();
-        demand(session_.tombstones() + session_.unfinished() <= records_.size(),
+        demand(session_.tombstones() + session_.unfinished() <= records_.size() + grants_.served.size(),
                "more transfers than were posted");
         const std::size_t used = __sanitizer_get_current_allocated_bytes();
         demand(used < base_nbytes_ + kPeerMayCostNbytes, "a peer made us keep too much");
@@ -425,6 +463,9 @@ class Script {
         for (const auto& message : session_.take_finished_messages()) {
             demand(message->finished, "a message that hasn't finished");
             ++messages_over_;
+        }
+        for (const auto& hold : session_.take_finished_holds()) {
+            demand(std::erase(holds_, hold) == 1, "a lease ends twice");
         }
         for (auto& message : session_.take_messages()) {
             inbox_.push_back(std::move(message));
@@ -458,16 +499,7 @@ class Script {
             const std::span<const std::byte> body = std::span<const std::byte>(out).subspan(
                 at, header.body_nbytes);
             at += header.body_nbytes;
-            switch (header.type) {
-                case FrameType::pool:
-                    (header.flags & kPoolClosed) != 0 ? PoolTerms() : decode_pool(body);
-                    break;
-                case FrameType::offer: decode_offer(body); break;
-                case FrameType::want: decode_want(body); break;
-                case FrameType::abort: decode_abort(body); break;
-                case FrameType::released: decode_released(body); break;
-                default: break;
-            }
+            Peer::read_body(header, body);
         }
         out.clear();
     }
@@ -487,6 +519,9 @@ class Script {
         while (!quiescing_.empty()) answer_quiescing(0);
         collect();
         for (const RecordPtr& mine : records_) demand(mine->outcomes == 1, "a transfer without an outcome");
+        for (const RecordPtr& mine : grants_.served)
+            demand(mine->outcomes == 1, "served, without an outcome");
+        demand(holds_.empty() && grants_.awaited.empty(), "a lease or a wait without an end");
         demand(session_.unfinished() == 0 && session_.tombstones() == 0, "a lost session keeps transfers");
         demand(messages_over_ == messages_posted_, "a message without an outcome");
     }
@@ -501,6 +536,7 @@ class Script {
     Input input_;
     std::size_t base_nbytes_;
     Peer peer_;
+    Grants grants_;
     Session session_;
     SessionConfig config_;
     FrameReader frames_;
@@ -513,6 +549,7 @@ class Script {
     std::vector<ChunkJob> jobs_;
     std::vector<ChunkTarget> targets_;
     std::deque<Bytes> inbox_;
+    std::vector<HoldPtr> holds_;
 };
 
 /// Courses of events that chance takes long to find. Codes: see frame_of(), local(), engine().
@@ -538,6 +575,9 @@ const std::vector<Scene>& scenes() {
                                                                                          // again
         {{140, 0, 0, 0, 0, 0, 200, 0}, {20, 0, 9}, {13, 0, 1, 1}, {21}},                 // messages
         {{17, 0, 0, 1}, {27, 0, 1}, {18, 0}, {24, 0}, {7, 0, 2, 0, 0, 1}, {28, 0}},      // drained
+        {{31, 8, 0}, {0, 0, 0}, {14, 0, 4, 1, 0}, {25, 1}, {31, 9, 0}, {26}},  // a read, and its end
+        {{31, 8, 0}, {0, 0, 0}, {14, 0, 5, 1, 0}, {31, 9, 0}, {24, 0}},        // a write, likewise
+        {{0, 0, 0}, {14, 0, 4, 1, 0, 9}, {14, 0, 6, 0, 1, 9}, {31, 8, 0}, {31, 12, 1}},  // waits, and a lease
     };
     return all;
 }

@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "fuzz/grants.hpp"
 #include "fuzz/input.hpp"
 #include "fuzz/record.hpp"
 #include "protocol/frames.hpp"
@@ -63,10 +64,34 @@ class Peer {
                  .arg = op.d >> 4 & 7u},
                 protocol::encode_offer({key_of(op.a % 4), meta_of(op), location, (op.d & 2) != 0, terms})};
     }
+    Frame read(const Op& op, bool pulls) {
+        const auto [terms, nbytes] = terms_for(op);
+        protocol::ReadBody body{use_of(op, terms), terms, {}};
+        if (nbytes > 0) body.ranges.push_back({0, nbytes});
+        return {{.type = protocol::FrameType::read,
+                 .flags = pulls ? protocol::kWantPulls : std::uint8_t{0},
+                 .transfer = ++last_want_,
+                 .total = nbytes},
+                protocol::encode_read(body)};
+    }
+    Frame write(const Op& op) {
+        const auto [terms, nbytes] = terms_for(op);
+        return {{.type = protocol::FrameType::write, .transfer = ++last_offer_, .total = nbytes},
+                protocol::encode_write({use_of(op, terms), meta_of(op), terms})};
+    }
+    Frame hold(const Op& op) {
+        protocol::Header header{.type = protocol::FrameType::hold, .transfer = last_hold_};
+        if ((op.d & 3) == 0) {
+            header.flags = protocol::kLetGo;
+            return {header, {}};
+        }
+        header.transfer = ++last_hold_;
+        return {header, protocol::encode_hold({token_of(op.a), op.e & 15u})};
+    }
     /// A body for ABORT, always well formed.
     static protocol::Bytes abort_body(const Op& op) {
-        protocol::AbortBody body{static_cast<protocol::AbortCode>(op.c % 7 + 1), std::string(op.d, 'r'), {}};
-        if (op.c % 7 == 2) body.mismatch = {"dtype", "ours", "theirs"};
+        protocol::AbortBody body{static_cast<protocol::AbortCode>(op.c % 8 + 1), std::string(op.d, 'r'), {}};
+        if (op.c % 8 == 2) body.mismatch = {"dtype", "ours", "theirs"};
         return protocol::encode_abort(body);
     }
     /// Makes a frame wrong in the way that `g` names, from 192 on.
@@ -90,6 +115,21 @@ class Peer {
                 break;
             case 11: frame.body.push_back(std::byte{op.e}); break;
             default: spoil_body(frame.body, op, extreme);
+        }
+    }
+    /// What our side says, as a peer reads it.
+    static void read_body(const protocol::Header& header, std::span<const std::byte> body) {
+        using namespace protocol;
+        switch (header.type) {
+            case FrameType::pool: (header.flags & kPoolClosed) != 0 ? PoolTerms() : decode_pool(body); break;
+            case FrameType::offer: decode_offer(body); break;
+            case FrameType::want: decode_want(body); break;
+            case FrameType::abort: decode_abort(body); break;
+            case FrameType::released: decode_released(body); break;
+            case FrameType::read: decode_read(body); break;
+            case FrameType::write: decode_write(body); break;
+            case FrameType::again: decode_ranges(body); break;
+            default: break;
         }
     }
     static void append(protocol::Bytes& out, const Frame& frame) {
@@ -134,10 +174,20 @@ class Peer {
         wanted.nbytes = protocol::stream_nbytes(pool.terms, wanted.terms);
         return wanted;
     }
+    static protocol::GrantUse use_of(const Op& op, const protocol::Terms& terms) {
+        protocol::GrantUse use;
+        use.token = token_of(op.a);
+        use.wait_ms = op.e & 15u;
+        if ((op.d & 4) != 0) {
+            use.subset.emplace();
+            for (const auto& group : terms.groups) use.subset->emplace_back(group.blocks, op.f % 4u);
+        }
+        return use;
+    }
     static std::string meta_of(const Op& op) { return (op.d & 1) != 0 ? "meta" : std::string(); }
 
     std::map<std::uint64_t, LocalPool> pools_;  // as last announced
-    std::uint64_t last_want_ = 0, last_offer_ = 0;
+    std::uint64_t last_want_ = 0, last_offer_ = 0, last_hold_ = 0;
 };
 
 }  // namespace kvt::fuzz

@@ -376,7 +376,7 @@ class Session {
     void claim_chunk(const TransferPtr& transfer, const Header& header, Range range, Time now);
     void on_abort_for_destination(const Header& header, const AbortBody& body, Time now);
     void on_aborted_for_destination(const Header& header, Time now);
-    void on_withdrawn(std::uint64_t offer);
+    void on_withdrawn(std::uint64_t offer, const AbortBody& body, Time now);
     void end_by_peer(const TransferPtr& transfer, const AbortBody& body, Time now);
     Outcome outcome_by(const AbortBody& body, const Transfer& transfer) const;
     void on_gated(const Header& header, Time now);

@@ -254,7 +254,7 @@ void Session::end_by_peer(const TransferPtr& transfer, const AbortBody& body, Ti
 
 void Session::on_abort_for_destination(const Header& header, const AbortBody& body, Time now) {
     if ((header.flags & kOfferId) != 0) {
-        on_withdrawn(header.transfer);
+        on_withdrawn(header.transfer, body, now);
         return;
     }
     const TransferPtr transfer = destination(header.transfer);
@@ -273,7 +273,7 @@ void Session::on_abort_for_destination(const Header& header, const AbortBody& bo
 }
 
 // An offer is taken back: a destination that it had met waits on as if it had never come.
-void Session::on_withdrawn(std::uint64_t offer) {
+void Session::on_withdrawn(std::uint64_t offer, const AbortBody& body, Time now) {
     if (offer > last_offer_seen_) {
         throw Violation("an ABORT for an offer that wasn't made");
     }
@@ -285,10 +285,16 @@ void Session::on_withdrawn(std::uint64_t offer) {
         return;
     }
     const auto met = partners_.find(offer);
-    if (met == partners_.end() || !met->second->two_sided()) {
-        return;  // refused, or over, or its WANT is answered: the word on that is on its way
+    if (met == partners_.end()) {
+        return;  // refused, or over
     }
     const TransferPtr transfer = met->second;
+    if (!transfer->two_sided()) {  // its WANT is under way, and the answer to that will end the tombstone
+        if (transfer->undecided()) {
+            end_by_peer(transfer, body, now);
+        }
+        return;
+    }
     partners_.erase(met);
     transfer->partner = 0;
     transfer->offer_seen = false;

@@ -61,6 +61,20 @@ TEST_CASE("a user holds itself to the peer's limit, and what waits gets its turn
     g.expect_nothing_left();
 }
 
+TEST_CASE("a write that was withdrawn while its WANT was under way counts no more") {
+    Granting g(small(1));
+    g.host.add(grant_of(1, kWrite, 0));
+    const auto write = g.write(1);
+    g.pair.deliver(g.pair.b);  // served, and its WANT under way
+    g.cancel(write);
+    const auto next = g.write(1);
+    CHECK_NOTHROW(g.pair.deliver(g.pair.b));
+    CHECK(g.host.served[0]->outcome.cause == Cause::peer_aborted);
+    g.run();
+    CHECK(next->outcome.cause == Cause::ok);
+    g.expect_nothing_left();
+}
+
 TEST_CASE("reads that wait, reads that are served and WANTs that wait count together") {
     Hostile peer(small(3));
     peer.g.host.add(grant_of(1, GrantMode::read, 0));

@@ -73,7 +73,9 @@ Machine::Machine(unsigned index, Clock& clock, Random& random, Checker& checker,
       setup_(std::move(setup)),
       memory_(setup_.pieces, random),
       session_(setup_.config, clock.now()),
-      dialled_(setup_.dials ? std::make_unique<Session>(clock.now()) : nullptr) {}
+      dialled_(setup_.dials ? std::make_unique<Session>(clock.now()) : nullptr) {
+    own_grants();
+}
 
 Machine::~Machine() = default;
 
@@ -162,6 +164,9 @@ void Machine::collect(Session& session) {
     for (const TransferPtr& transfer : session.take_finished()) {
         over(transfer);
     }
+    if (&session == &session_) {
+        collect_leases();
+    }
     for (const MessagePtr& message : session.take_finished_messages()) {
         checker_.message_over(*message);
     }
@@ -174,8 +179,8 @@ void Machine::kick_gates() {
 
 void Machine::set_timer() {
     const Time next = std::min(session_.next_deadline(), dialled_ ? dialled_->next_deadline() : kNever);
-    if (next == kNever || next >= timer_at_) {
-        return;
+    if (next - clock_.now() > 100 * kSecond || next >= timer_at_) {
+        return;  // never, or the last resort of what is served, which is over long before
     }
     timer_at_ = next;
     later(std::max<Time>(next - clock_.now(), 0) + random_.between(0, 2 * kMs), [this, next] {
@@ -199,6 +204,10 @@ void Machine::over(const TransferPtr& transfer) {
         }
     }
     checker_.over(*record, memory_);
+    if (record->ended != nullptr) {
+        served_is_over(record);
+        return;
+    }
     --unfinished_;
     dialled_posts_.erase(transfer.get());
     for (const Row& row : record->history->rows) {
@@ -293,9 +302,11 @@ void Machine::put_inline() {
             out[body_at + random_.below(job->header.body_nbytes)] ^= std::byte{4};
             checker_.corrupted();
         }
+        const bool granted = job->transfer->still_granted();
+        trailer.status = granted ? ChunkStatus::ok : ChunkStatus::aborted;
         const auto raw = encode_trailer(trailer);
         out.insert(out.end(), raw.begin(), raw.end());
-        session_.chunk_left(*job, true, true, now);
+        session_.chunk_left(*job, granted, true, now);
     }
 }
 
@@ -531,6 +542,7 @@ void Machine::copy_bytes(const Copy& copy, std::uint64_t begin, std::uint64_t en
 void Machine::finish_copy(const std::shared_ptr<Copy>& copy) {
     const bool lent = copy->source != nullptr;
     bool verified = lent;
+    const bool granted = lent && copy->source->still_granted();
     if (lent) {
         peer_->session_.returned(copy->source, clock_.now());
         copy->source.reset();
@@ -545,7 +557,7 @@ void Machine::finish_copy(const std::shared_ptr<Copy>& copy) {
         settle();
         return;
     }
-    const Trailer trailer{lent ? ChunkStatus::ok : ChunkStatus::aborted, setup_.config.digest, 0};
+    const Trailer trailer{granted ? ChunkStatus::ok : ChunkStatus::aborted, setup_.config.digest, 0};
     guarded([&] { session_.chunk_end(copy->target, trailer, verified, clock_.now()); });
     --copiers_;
     settle();

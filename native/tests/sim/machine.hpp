@@ -9,6 +9,7 @@
 
 #include <array>
 #include <memory>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <unordered_set>
@@ -17,6 +18,7 @@
 #include "checker.hpp"
 #include "pipe.hpp"
 #include "protocol/frame_stream.hpp"
+#include "protocol/grant_book.hpp"
 #include "protocol/lane.hpp"
 
 namespace kvt::sim {
@@ -54,6 +56,15 @@ class Machine {
     void catch_rogue();
     std::function<void(const RecordPtr&)> on_over;
 
+    // Grants (machine_grants.cpp): their owner, and a user of the other side's.
+    void own_grants();
+    void grant(std::uint8_t n, protocol::GrantMode mode, unsigned readers, Time ttl,
+               std::vector<std::vector<std::uint32_t>> blocks);
+    void revoke(std::uint8_t n, bool by_reuse);
+    void refuse_grant(std::uint8_t n);
+    void hold(std::uint8_t n, std::uint32_t wait_ms, Time keep);
+    bool grants_left() const;
+
     // Fate.
     void lose();
     void crash();
@@ -75,6 +86,8 @@ class Machine {
   private:
     struct Lane;
     struct Copy;
+    struct Granted;
+    class Owner;
 
     template <class What>
     void guarded(What what);
@@ -102,6 +115,17 @@ class Machine {
     void finish_copy(const std::shared_ptr<Copy>& copy);
     void copy_bytes(const Copy& copy, std::uint64_t begin, std::uint64_t end);
     void set_timer();
+    protocol::GrantHost::Service serve(const protocol::GrantUse& use, const protocol::Terms& terms,
+                                       const protocol::PoolTerms& theirs, protocol::Role role);
+    static bool overlap(const std::vector<Row>& one, const std::vector<Row>& other);
+    template <class What>
+    void each_block(const protocol::Grant& grant, What what);
+    void ended(const protocol::GrantPtr& grant);
+    void give_back(Granted& grant);
+    void served_is_over(const RecordPtr& record);
+    void watch_grants();
+    void grants_lost();
+    void collect_leases();
     void over(const protocol::TransferPtr& transfer);
     Time while_unlocked() {
         return setup_.slow == 0 || random_.chance(70) ? 0 : random_.between(0, setup_.slow);
@@ -131,6 +155,13 @@ class Machine {
     std::vector<std::shared_ptr<protocol::Message>> messages_;
     std::vector<protocol::Bytes> received_;
     std::uint64_t untaken_ = 0;
+    protocol::GrantBook book_;
+    std::shared_ptr<protocol::GrantHost> owner_;
+    std::vector<std::shared_ptr<Granted>> grants_;
+    std::vector<std::shared_ptr<Granted>> ended_;  // and what they serve still to be stopped
+    std::set<protocol::Token> awaited_;
+    std::vector<protocol::HoldPtr> leases_;
+    std::size_t served_ = 0;
 };
 
 template <class What>

@@ -29,6 +29,7 @@ void Machine::lose() {
     if (dialled_ != nullptr) {
         dialled_->lost(Cause::peer_lost, "reset", clock_.now());
     }
+    grants_lost();
     settle();
 }
 

@@ -66,7 +66,7 @@ void Machine::adopt() {
 }
 
 void Machine::close_pool() {
-    if (unfinished_ != 0 || closed_) {
+    if (unfinished_ + served_ != 0 || closed_) {
         return;
     }
     clock_.trace("%c closes its pool", 'A' + static_cast<int>(index_));

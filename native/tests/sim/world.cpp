@@ -30,7 +30,7 @@ World::World(std::uint64_t seed, bool verbose)
 
 MachineSetup World::setup() {
     MachineSetup made;
-    made.config.capabilities = memory_backend_ ? kCanCopy : 0;
+    made.config.capabilities = kCanGrant | (memory_backend_ ? kCanCopy : 0);
     made.config.pulls = memory_backend_;
     made.config.digest = random_.chance(50) ? DigestKind::crc32c : DigestKind::none;
     made.config.chunk_nbytes = random_.pick(
@@ -115,6 +115,9 @@ void World::plan() {
         for (std::int64_t i = random_.chance(40) ? random_.between(1, 6) : 0; i > 0; --i) {
             machine->later(random_.between(0, 2 * span_), [&m = *machine] { m.close_pool(); });
         }
+    }
+    if (random_.chance(50)) {
+        plan_grants();
     }
     plan_fate();
 }
@@ -382,6 +385,9 @@ void World::check_end() {
                             std::to_string(session.tombstones()) + " tombstones, " +
                             std::to_string(session.kept_for_peer()) + " of the peer's, " +
                             std::to_string(session.outstanding()) + " outstanding");
+        }
+        if (machine->grants_left()) {
+            checker_.broken("grants, leases, or what is served by them are left");
         }
         if (machine->unfinished() != 0) {
             checker_.broken("a session that gave its posts up keeps some");

@@ -31,6 +31,13 @@ class World {
         int posts_left[2] = {0, 0};      // by role
         RecordPtr live[2];
     };
+    // A grant of one machine, and what the other does with it.
+    struct GrantFlow {
+        std::uint8_t n = 0;
+        unsigned owner = 0;
+        protocol::GrantMode mode{};
+        std::size_t blocks[2] = {0, 0};  // by group
+    };
     enum class Fate { none, cut, black_hole, crash };
 
     MachineSetup setup();
@@ -38,6 +45,10 @@ class World {
     void build_network();
     void plan();
     void plan_flow(std::size_t index);
+    void plan_grants();
+    void plan_owner(const GrantFlow& flow);
+    void make_grant(const GrantFlow& flow, unsigned readers, Time ttl, int tries);
+    void use_grant(const GrantFlow& flow);
     void plan_fate();
     void plan_replay();
     void post(std::size_t flow, protocol::Role role);
