@@ -9,7 +9,14 @@ A backend's tests make a `Harness` for it and call every one of `CHECKS` with it
 A check raises AssertionError where the backend fails. Nothing here needs pytest.
 """
 
-from kvtransport.testing import checks_bytes, checks_calls, checks_ends, checks_gates
+from kvtransport.testing import (
+    checks_bytes,
+    checks_calls,
+    checks_ends,
+    checks_gates,
+    checks_grant_ends,
+    checks_grants,
+)
 from kvtransport.testing.blocks import Blocks
 from kvtransport.testing.check import CHECKS, Check
 from kvtransport.testing.harness import Harness, InprocHarness, Rig, UnixHarness, harnesses
@@ -30,5 +37,7 @@ __all__ = [
     "checks_calls",
     "checks_ends",
     "checks_gates",
+    "checks_grant_ends",
+    "checks_grants",
     "harnesses",
 ]

@@ -11,6 +11,7 @@ as they are. Nothing waits without a limit.
 from __future__ import annotations
 
 import builtins
+import ctypes
 import gc
 import os
 import signal
@@ -20,6 +21,8 @@ from kvtransport import errors
 from kvtransport.config import Config
 from kvtransport.connection import Connection
 from kvtransport.endpoint import Endpoint
+from kvtransport.grant import Grant, Lease
+from kvtransport.memory.layout import BlockLayout, LayerGroup
 from kvtransport.memory.pool import BlockPool
 from kvtransport.testing.blocks import Blocks, Bytes, digests
 from kvtransport.transfer import Handle, LayerGate, Transfer, wait
@@ -97,10 +100,36 @@ class Actor:
 
     # --- memory ----------------------------------------------------------------------------------------------
 
-    def do_pool(self, name: str, blocks: dict[str, int]) -> None:
+    def do_pool(
+        self,
+        name: str,
+        blocks: dict[str, int],
+        form: dict[str, Any] | None = None,
+        groups: dict[str, list[int]] | None = None,
+    ) -> None:
         spec = Blocks(**blocks)
         self.memory[name] = spec.memory()
-        self.pools[name] = self.endpoint.register(spec.views(self.memory[name]))
+        views: list[Any] = list(spec.views(self.memory[name]))
+        layout = None
+        if form is not None:
+            layout = BlockLayout(**form, head_dim=head_dim(spec, form), dtype="uint8", kv="single")
+            views = [view.reshape(spec.count, *axes(spec, form)) for view in views]
+        if groups is None:
+            self.pools[name] = self.endpoint.register(views, layout)
+            return
+        members = [LayerGroup([str(i) for i in of], layout, name=group) for group, of in groups.items()]
+        named = {str(i): view for i, view in enumerate(views)}
+        self.pools[name] = self.endpoint.register(named, groups=members)
+
+    def do_fill(self, name: str, blocks: dict[str, int], value: int) -> None:
+        for view in Blocks(**blocks).views(self.memory[name]):
+            view[:] = value
+
+    def do_keep_only(self, name: str, blocks: dict[str, int], ids: list[int]) -> None:
+        for view in Blocks(**blocks).views(self.memory[name]):
+            kept = view[ids].copy()
+            view[:] = 0
+            view[ids] = kept
 
     def do_close_pool(self, name: str) -> None:
         self.pools.pop(name).close(timeout=LIMIT_S)
@@ -122,6 +151,52 @@ class Actor:
 
     def do_refuse(self, key: str, reason: str) -> None:
         self.connection.refuse(key, reason)
+
+    def do_grant(self, handle: str, pool: str, ids: Any, **options: Any) -> str:
+        if options.get("to") == "peer":
+            options["to"] = self.connection.peer
+        elif options.get("to"):
+            options["to"] = bytes.fromhex(options["to"])
+        grant = self.pools[pool].grant(ids, **options)
+        self._keep(handle, grant)
+        return grant.token
+
+    def do_read(self, handle: str, token: str, pool: str, ids: Any, **options: Any) -> None:
+        self._keep(handle, self.connection.read_blocks(token, self.pools[pool], ids, **slices(options)))
+
+    def do_write(
+        self, handle: str, token: str, pool: str, ids: Any, gate: str | None, meta: str, **options: Any
+    ) -> None:
+        after = None if gate is None else self.gates[gate]
+        post = self.connection.write_blocks
+        self._keep(
+            handle,
+            post(token, self.pools[pool], ids, after=after, meta=bytes.fromhex(meta), **slices(options)),
+        )
+
+    def do_hold(self, handle: str, token: str, **options: Any) -> None:
+        self._keep(handle, self.connection.hold(token, **options))
+
+    def do_held(self, handle: str) -> bool:
+        lease = self.handles[handle]
+        assert isinstance(lease, Lease)  # for the type checker
+        return lease.held
+
+    def do_release(self, handle: str) -> None:
+        lease = self.handles[handle]
+        assert isinstance(lease, Lease)
+        lease.release()
+
+    def do_revoke(self, handle: str) -> None:
+        grant = self.handles[handle]
+        assert isinstance(grant, Grant)
+        grant.revoke()
+
+    def do_reuse(self, pool: str, ids: Any) -> None:
+        self.pools[pool].reuse(ids)
+
+    def do_keep_the_interpreter(self, seconds: float) -> None:
+        ctypes.PyDLL(None).usleep(int(seconds * 1e6))  # a PyDLL's calls keep its lock
 
     def do_result(self, handle: str) -> dict[str, Any]:
         result = self.handles[handle].result(LIMIT_S)
@@ -156,7 +231,8 @@ class Actor:
         return self.handles[handle].done()
 
     def do_state(self, handle: str) -> str:
-        return self._transfer(handle).state
+        asked = self.handles[handle]
+        return asked.state if isinstance(asked, Grant) else self._transfer(handle).state
 
     def do_progress(self, handle: str) -> list[int]:
         return list(self._transfer(handle).progress())
@@ -204,6 +280,23 @@ class Actor:
         found = self.handles[name]
         assert isinstance(found, Transfer)  # for the type checker
         return found
+
+
+def head_dim(spec: Blocks, form: dict[str, Any]) -> int:
+    """Return the bytes of a token and head."""
+    return int(spec.nbytes // (form["tokens_per_block"] * form["num_kv_heads"]))
+
+
+def axes(spec: Blocks, form: dict[str, Any]) -> tuple[int, int, int]:
+    """Return the axes of a block of this form, as its tensor has them."""
+    heads, tokens, dim = form["num_kv_heads"], form["tokens_per_block"], head_dim(spec, form)
+    return (heads, tokens, dim) if form["order"] == "HND" else (tokens, heads, dim)
+
+
+def slices(options: dict[str, Any]) -> dict[str, Any]:
+    """Return options whose slices of heads are slices."""
+    heads = {name: slice(*options[name]) for name in ("heads", "src_heads", "dst_heads") if name in options}
+    return {**options, **heads}
 
 
 def error_to_json(error: BaseException) -> dict[str, Any]:

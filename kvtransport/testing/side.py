@@ -31,9 +31,13 @@ class Side(abc.ABC):
     def call(self, command: str, **arguments: Any) -> Any:
         """Run a command of `Actor`."""
 
-    def pool(self, name: str, blocks: Blocks) -> None:
-        """Make memory and register it."""
-        self.call("pool", name=name, blocks=blocks.to_json())
+    def pool(self, name: str, blocks: Blocks, **options: Any) -> None:
+        """Make memory and register it. form: a layout's fields; groups: {name: places of its layers}."""
+        self.call("pool", name=name, blocks=blocks.to_json(), **options)
+
+    def fill(self, name: str, blocks: Blocks, value: int) -> None:
+        """Rewrite every block of a pool."""
+        self.call("fill", name=name, blocks=blocks.to_json(), value=value)
 
     def send(
         self,
@@ -54,6 +58,52 @@ class Side(abc.ABC):
         options.setdefault("key", handle)
         self.call("recv", handle=handle, pool=pool, ids=list(ids), meta=meta.hex(), **options)
 
+    def grant(self, handle: str, pool: str, ids: Any, **options: Any) -> str:
+        """BlockPool.grant; return its token. to: "peer", or an incarnation in hexadecimal digits."""
+        return str(self.call("grant", handle=handle, pool=pool, ids=plain(ids), **options))
+
+    def read(self, handle: str, token: str, pool: str, ids: Any, **options: Any) -> None:
+        """Connection.read_blocks. heads, src_heads: [first, last + 1]."""
+        self.call("read", handle=handle, token=token, pool=pool, ids=plain(ids), **options)
+
+    def write(
+        self,
+        handle: str,
+        token: str,
+        pool: str,
+        ids: Any,
+        *,
+        gate: str | None = None,
+        meta: bytes = b"",
+        **options: Any,
+    ) -> None:
+        """Connection.write_blocks. heads, dst_heads: [first, last + 1]."""
+        named = {"handle": handle, "token": token, "pool": pool, "gate": gate, "meta": meta.hex()}
+        self.call("write", ids=plain(ids), **named, **options)
+
+    def hold(self, handle: str, token: str, **options: Any) -> None:
+        """Connection.hold."""
+        self.call("hold", handle=handle, token=token, **options)
+
+    def held(self, handle: str) -> None:
+        """Wait until the owner has said that the lease is held."""
+        deadline = time.monotonic() + LIMIT_S
+        while not self.call("held", handle=handle):
+            if time.monotonic() > deadline:
+                raise AssertionError(f"{self.name}: {handle} isn't held after {LIMIT_S} s")
+
+    def release(self, handle: str) -> None:
+        """Lease.release()."""
+        self.call("release", handle=handle)
+
+    def revoke(self, handle: str) -> None:
+        """Grant.revoke()."""
+        self.call("revoke", handle=handle)
+
+    def reuse(self, pool: str, ids: Any) -> None:
+        """BlockPool.reuse."""
+        self.call("reuse", pool=pool, ids=plain(ids))
+
     def result(self, handle: str) -> dict[str, Any]:
         """Return the result's fields, or raise the handle's error."""
         return dict(self.call("result", handle=handle))
@@ -68,7 +118,7 @@ class Side(abc.ABC):
         return None if plain is None else error_from_json(plain)
 
     def state(self, handle: str) -> str:
-        """Transfer.state."""
+        """Transfer.state, Grant.state."""
         return str(self.call("state", handle=handle))
 
     def matched(self, handle: str) -> None:
@@ -185,6 +235,10 @@ class ProcessSide(Side):
         while line:
             line = line[pipe.write(line) or 0 :]
 
+    def answered(self) -> bool:
+        """Whether something of the answer has come."""
+        return bool(select.select([self._process.stdout], [], [], 0)[0])
+
     def answer(self, command: str) -> Any:
         """Return the value that came, or raise the error."""
         pipe = self._process.stdout
@@ -220,3 +274,10 @@ class ProcessSide(Side):
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
                 pipe.close()
+
+
+def plain(ids: Any) -> Any:
+    """Return block ids as JSON has them."""
+    if ids is None or isinstance(ids, dict):
+        return ids
+    return list(ids)
