@@ -509,8 +509,8 @@ void Connection::close(Cause cause, const std::string& reason, bool tell) {
         const std::lock_guard lock(mutex_);
         path_ = nullptr;  // its descriptors close when the last thread has left it
     }
-    unwatch_process();
     engine_.grants().reader_gone(reader(), has_died(cause, reason));
+    unwatch_process();
     engine_.lost(shared_from_this(), cause, reason);
 }
 

@@ -258,7 +258,8 @@ void Connection::unwatch_process() {
         const std::lock_guard lock(mutex_);
         watch = std::move(watch_);
     }
-    if (watch) {
+    // A killed process's sockets end before its pidfd says so: what is for it alone waits for the proof.
+    if (watch && !engine_.grants().outlives(reader())) {
         engine_.reactor().remove(watch->fd());
     }
 }

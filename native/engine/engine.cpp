@@ -108,6 +108,7 @@ void Engine::close() {
         return;
     }
     admission_->close();
+    grants_->close();
     for (const auto& connection : all_connections()) {
         connection->close(Cause::connection_closed, "the endpoint was closed", true);
     }

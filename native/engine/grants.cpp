@@ -31,6 +31,8 @@ const protocol::Outcome kExpired{Cause::grant_stale, Delivered::no, "it expired 
 const protocol::Outcome kRevoked{Cause::cancelled, Delivered::no, "it was revoked here", {}};
 const protocol::Outcome kReused{Cause::cancelled, Delivered::no, "its blocks were reused", {}};
 const protocol::Outcome kClosed{Cause::cancelled, Delivered::no, "its pool was closed", {}};
+const protocol::Outcome kEndpointClosed{
+    Cause::connection_closed, Delivered::no, "the endpoint was closed", {}};
 const protocol::Outcome kDead{
     Cause::peer_lost, Delivered::no, "reset: the peer that it was for has ended", {}};
 
@@ -50,6 +52,9 @@ void Grants::add(const GrantHandlePtr& grant) {
     Time deadline = protocol::kNever;
     {
         const std::lock_guard lock(mutex_);
+        if (closed_) {
+            throw NotUsable(Cause::connection_closed, "the endpoint is closed");
+        }
         if (!book_.add(grant, monotonic_ns())) {
             throw protocol::LocalViolation("the token names another grant that is open: mint a new one");
         }
@@ -254,6 +259,17 @@ void Grants::end_pool(std::uint64_t pool) {
     stop_landing(pool);
 }
 
+void Grants::close() {
+    Ended ended;
+    {
+        const std::lock_guard lock(mutex_);
+        closed_ = true;
+        ended = book_.end_all();
+        note_ended(ended);
+    }
+    finish(ended, kEndpointClosed, By::user);
+}
+
 Time Grants::on_time(Time now) {
     Ended ended;
     Time next = protocol::kNever;
@@ -348,10 +364,18 @@ void Grants::reader_gone(const std::string& reader, bool dead) {
         const std::lock_guard lock(mutex_);
         ended = book_.reader_gone(reader, dead, monotonic_ns());
         note_ended(ended);
+        if (dead) {
+            watched_.erase(reader);
+        }
         next = book_.next_deadline();
     }
     finish(ended, kDead, By::others);
     engine_.need_by(next, nullptr);
+}
+
+bool Grants::outlives(const std::string& reader) {
+    const std::lock_guard lock(mutex_);
+    return book_.has_for(reader) && watched_.insert(reader).second;
 }
 
 // ---- for the user to see

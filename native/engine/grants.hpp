@@ -10,6 +10,7 @@
 #include <condition_variable>
 #include <memory>
 #include <mutex>
+#include <set>
 #include <string>
 #include <unordered_map>
 #include <vector>
@@ -52,6 +53,8 @@ class Grants final : public Runnable, public std::enable_shared_from_this<Grants
     using Blocks = std::vector<std::shared_ptr<const memory::Ids>>;
     void reuse(std::uint64_t pool, const Blocks& by_group);
     void end_pool(std::uint64_t pool);
+    /// With the endpoint: ends all, and add() throws NotUsable from here on.
+    void close();
     protocol::GrantState state_of(const GrantHandle& grant) const;
 
     // For connections.
@@ -69,6 +72,9 @@ class Grants final : public Runnable, public std::enable_shared_from_this<Grants
     bool lend(const GrantHandlePtr& grant, const std::shared_ptr<protocol::Loan>& loan);
     void served(const TransferHandle& transfer, const std::string& reader);
     void reader_gone(const std::string& reader, bool dead);
+    /// Whether something is for this reader alone whose connection is lost; true once, for the watch that
+    /// stays.
+    bool outlives(const std::string& reader);
 
     // For the reactor.
     protocol::Time on_time(protocol::Time now);
@@ -96,6 +102,8 @@ class Grants final : public Runnable, public std::enable_shared_from_this<Grants
     Engine& engine_;
     mutable std::mutex mutex_;
     protocol::GrantBook book_;
+    bool closed_ = false;
+    std::set<std::string> watched_;  // readers without a connection, whose processes are watched
     std::unordered_map<std::string, std::vector<std::weak_ptr<Connection>>> awaited_;  // by token
     std::vector<GrantHandlePtr> retiring_;  // ended, and their transfers still to be stopped
     std::vector<GrantHandlePtr> landing_;   // for write, and ended: bytes may still land there

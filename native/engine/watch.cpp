@@ -18,6 +18,12 @@ std::shared_ptr<ProcessWatch> ProcessWatch::open(pid_t pid, const std::shared_pt
     return nullptr;
 }
 
+ProcessWatch::ProcessWatch(Fd fd, const std::shared_ptr<Connection>& connection)
+    : fd_(std::move(fd)),
+      engine_(connection->engine()),
+      reader_(connection->reader()),
+      connection_(connection) {}
+
 void ProcessWatch::failed(const std::exception& why) {
     if (const auto connection = connection_.lock()) {
         connection->give_up(why);
@@ -25,15 +31,14 @@ void ProcessWatch::failed(const std::exception& why) {
 }
 
 void ProcessWatch::on_events(std::uint32_t) {
-    const auto connection = connection_.lock();
-    if (!connection) {
-        return;
+    engine_.reactor().remove(fd_.get());
+    if (const auto connection = connection_.lock()) {
+        if (const auto path = connection->path()) {
+            path->read_last_words();
+        }
+        connection->lose(protocol::Cause::peer_lost, kProcessEnded);
     }
-    connection->engine().reactor().remove(fd_.get());
-    if (const auto path = connection->path()) {
-        path->read_last_words();
-    }
-    connection->lose(protocol::Cause::peer_lost, kProcessEnded);
+    engine_.grants().reader_gone(reader_, true);  // the connection may have been lost for another reason
 }
 
 }  // namespace kvt::engine

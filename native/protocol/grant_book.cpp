@@ -151,6 +151,17 @@ std::vector<GrantPtr> GrantBook::end_pool(std::uint64_t pool) {
     return ended;
 }
 
+std::vector<GrantPtr> GrantBook::end_all() {
+    std::vector<GrantPtr> ended;
+    for (const auto& [token, grant] : grants_) {
+        ended.push_back(grant);
+    }
+    for (const GrantPtr& grant : ended) {
+        end(grant, GrantState::revoked);
+    }
+    return ended;
+}
+
 std::vector<GrantPtr> GrantBook::expire(Time now) {
     std::vector<GrantPtr> ended;
     if (now < next_deadline_) {
@@ -185,6 +196,11 @@ std::vector<GrantPtr> GrantBook::reader_gone(const std::string& reader, bool dea
         end(grant, GrantState::revoked);
     }
     return ended;
+}
+
+bool GrantBook::has_for(const std::string& reader) const {
+    return !reader.empty() && std::any_of(grants_.begin(), grants_.end(),
+                                          [&](const auto& known) { return known.second->to == reader; });
 }
 
 }  // namespace kvt::protocol

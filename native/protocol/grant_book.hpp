@@ -66,9 +66,12 @@ class GrantBook {
     std::vector<GrantPtr> end_blocks(std::uint64_t pool, std::size_t group,
                                      const std::vector<std::uint32_t>& ids);
     std::vector<GrantPtr> end_pool(std::uint64_t pool);
+    std::vector<GrantPtr> end_all();
     std::vector<GrantPtr> expire(Time now);
     /// Its leases are gone. `dead`: it won't come back, so that what was for it alone has ended.
     std::vector<GrantPtr> reader_gone(const std::string& reader, bool dead, Time now);
+    /// Whether one is for this reader alone.
+    bool has_for(const std::string& reader) const;
     /// When expire() has something to do at the earliest.
     Time next_deadline() const noexcept { return next_deadline_; }
     std::size_t size() const noexcept { return grants_.size(); }
