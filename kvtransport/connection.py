@@ -382,7 +382,7 @@ class Connection(Standing):
             )
         except KVTransportError as error:
             raise self._named(error) from None
-        transfer = Transfer(native, self._endpoint.bridges, pool, token, tag)
+        transfer = Transfer(native, self._endpoint.bridges, pool, token, tag, by_token=True)
         if queue is not None:
             queue.entered(tag_id, transfer)
         return transfer
@@ -412,10 +412,12 @@ def _peer_slice(heads: Heads) -> tuple[int, int] | None:
     """Return (first, count) of heads of the peer's pool, of which only the peer knows how many there are."""
     if heads is None:
         return None
+    if not isinstance(heads, (slice, range)):
+        raise TypeError(f"heads={heads!r} is neither a slice nor a range")
     if heads.step not in (None, 1):
         raise ValueError(f"heads={heads!r}: only neighbouring heads, step 1, can be moved together")
     start, stop = heads.start or 0, heads.stop
-    if stop is None or not 0 <= start < stop:
+    if stop is None or not 0 <= start < stop < 1 << 32:
         raise ValueError(f"heads={heads!r}: say where the slice of the peer's heads begins and ends")
     return start, stop - start
 

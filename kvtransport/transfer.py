@@ -92,14 +92,24 @@ class Transfer(Handle[TransferResult]):
     PeerLost, ConnectionClosed, RemoteProtocolError, ResourceLimit; each says what became of the blocks.
     """
 
-    __slots__ = ("_pool", "key")
+    __slots__ = ("_pool", "_shown", "key")
 
     def __init__(
-        self, native: _native.Transfer, bridges: LoopBridges, pool: BlockPool, key: str | bytes, tag: object
+        self,
+        native: _native.Transfer,
+        bridges: LoopBridges,
+        pool: BlockPool,
+        key: str | bytes,
+        tag: object,
+        *,
+        by_token: bool = False,
     ) -> None:
         """For Connection."""
         super().__init__(native, bridges, tag)
         self.key = key
+        self._shown = (
+            f"{str(key)[:6]}..." if by_token else repr(key)
+        )  # whoever has the whole token may use it
         self._pool = pool
 
     @property
@@ -149,8 +159,8 @@ class Transfer(Handle[TransferResult]):
         try:
             landed, total = self.progress()
         except ForkedProcessError:
-            return f"<Transfer {self.key!r} of another process>"
-        return f"<Transfer {self.key!r} {self.state} {landed}/{total} B>"
+            return f"<Transfer {self._shown} of another process>"
+        return f"<Transfer {self._shown} {self.state} {landed}/{total} B>"
 
 
 class SentMessage(Handle[None]):

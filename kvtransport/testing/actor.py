@@ -295,7 +295,8 @@ def axes(spec: Blocks, form: dict[str, Any]) -> tuple[int, int, int]:
 
 def slices(options: dict[str, Any]) -> dict[str, Any]:
     """Return options whose slices of heads are slices."""
-    heads = {name: slice(*options[name]) for name in ("heads", "src_heads", "dst_heads") if name in options}
+    names = ("heads", "src_heads", "dst_heads")
+    heads: dict[str, Any] = {name: slice(*options[name]) for name in names if name in options}
     return {**options, **heads}
 
 

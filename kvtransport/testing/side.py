@@ -237,7 +237,9 @@ class ProcessSide(Side):
 
     def answered(self) -> bool:
         """Whether something of the answer has come."""
-        return bool(select.select([self._process.stdout], [], [], 0)[0])
+        pipe = self._process.stdout
+        assert pipe is not None  # for the type checker
+        return bool(select.select([pipe], [], [], 0)[0])
 
     def answer(self, command: str) -> Any:
         """Return the value that came, or raise the error."""
