@@ -14,7 +14,7 @@ from kvtransport.testing.actor import Actor
 from kvtransport.testing.side import ProcessSide
 from kvtransport.testing.worker import main
 
-LONGEST_S = 0.001  # that a generation stays
+LONGEST_S = 0.0005  # that a generation stays, if it stays at all
 
 
 def words(count: int, nbytes: int) -> np.ndarray:
@@ -34,9 +34,12 @@ def check(blocks: np.ndarray, of: list[int]) -> set[int]:
 class ChurningActor(Actor):
     """An Actor with an owner that never rests."""
 
-    def do_churn(self, token: str, count: int, nbytes: int) -> None:
-        """Begin."""
+    def do_churn(self, token: str, count: int, nbytes: int, own: bool) -> None:
+        """Begin. own: memory that a peer on this host can map."""
         self.blocks = words(count, nbytes)
+        if own:
+            self.own = self.endpoint.allocate(nbytes=count * nbytes)
+            self.blocks = np.frombuffer(self.own, np.uint64).reshape(count, -1)
         self.names = np.arange(1, count + 1, dtype=np.uint64)[:, None] << np.uint64(32)
         self.pools["churn"] = self.endpoint.register(self.blocks)
         self.going, self.generation = True, 0
@@ -50,7 +53,8 @@ class ChurningActor(Actor):
             self.generation += 1
             self.blocks[:] = self.names | np.uint64(self.generation)
             pool.grant(None, token=token, readers=None)
-            pause.wait(order.random() * LONGEST_S)
+            if order.random() < 0.5:
+                pause.wait(order.random() * LONGEST_S)
 
     def do_rest(self) -> int:
         """End; return how many generations there were."""

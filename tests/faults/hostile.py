@@ -21,6 +21,8 @@ PIECE = 4096
 class Hostile:
     """One session with the endpoint at `where`, whose frames are the test's. A context manager."""
 
+    capabilities = 0
+
     def __init__(self, where: str) -> None:
         host, _, port = where.rpartition(":")
         self._place = (host, int(port))
@@ -34,6 +36,7 @@ class Hostile:
             lanes=1,
             chunk_nbytes=65536,
             reachability=Reachability(),
+            capabilities=self.capabilities,
         )
         self.incarnation = hello.incarnation
         self.session_id = self._greet(hello)

@@ -8,7 +8,7 @@ import pytest
 from kvtransport import new_token
 from kvtransport.errors import GrantError, PeerLost, StaleGrant
 from tests.faults.churn import Churner, check, words
-from tests.faults.peers import CHUNK, IDS, OF, SLOW_S, TO, linked_to
+from tests.faults.peers import CHUNK, IDS, OF, SLOW_S, TO, linked_to, states
 from tests.waiting import until
 
 COUNT = 8
@@ -24,15 +24,14 @@ def read_while_rewritten(here, token: str, nbytes: int, reads: int) -> Counter:
     target = words(COUNT, nbytes)
     pool = here.actor.endpoint.register(target)
     ids, seen, newest = list(range(COUNT)), Counter(), 0
-    for _ in range(reads):
+    for n in range(reads):
         target[:] = 0
-        handle = here.actor.connection.read_blocks(token, pool, ids, wait_grant_s=20)
+        handle = here.actor.connection.read_blocks(token, pool, ids, wait_grant_s=20 * (n % 2))
         try:
             handle.result(20)
         except GrantError as error:
             seen[type(error).__name__] += 1
-            states = error.blocks[""] if error.blocks else {}
-            sealed = [block for block, state in states.items() if state == "sealed"]
+            sealed = [block for block, state in states(error).items() if state == "sealed"]
             seen["sealed before the end"] += bool(sealed)
         else:
             seen["read"] += 1
@@ -47,16 +46,21 @@ def read_while_rewritten(here, token: str, nbytes: int, reads: int) -> Counter:
     return seen
 
 
-@pytest.mark.parametrize("protection", ["plain", "digest"])
 @pytest.mark.parametrize("nbytes", [256, 16384, 65536])
-def test_f15_rewritten_at_full_speed(nbytes, protection):
+@pytest.mark.parametrize(
+    ("backend", "protection", "own"),
+    [("tcp", "plain", False), ("tcp", "digest", False), ("shm", "plain", True), ("shm", "plain", False)],
+    ids=["tcp plain", "tcp digest", "shm", "shm, memory of the user's"],
+)
+def test_f15_rewritten_at_full_speed(nbytes, backend, protection, own):
     """By reuse: no stale and no torn block is sealed; and both ends of the race were seen."""
     peer, token = Churner("owner"), new_token()
+    config = {"backends": ["tcp"] if backend == "tcp" else ["shm", "tcp"], "protection": protection}
     try:
-        peer.call("start", config={"backends": ["tcp"], "protection": protection})
-        with linked_to(peer, protection=protection) as here:
-            peer.call("churn", token=token, count=COUNT, nbytes=nbytes)
-            seen = read_while_rewritten(here, token, nbytes, READS // 6)
+        peer.call("start", config=config)
+        with linked_to(peer, **config) as here:
+            peer.call("churn", token=token, count=COUNT, nbytes=nbytes, own=own)
+            seen = read_while_rewritten(here, token, nbytes, READS // 12)
             assert peer.call("rest") > 10
         assert seen["read"]
         assert seen["StaleGrant"] + seen["PermissionDenied"], seen
