@@ -12,8 +12,6 @@
 
 namespace kvt::bindings {
 
-namespace {}  // namespace
-
 protocol::Time duration(const char* name, double seconds, bool may_be_none) {
     if (seconds < 0 && may_be_none) {
         return protocol::kNever;
@@ -132,20 +130,30 @@ void bind_lanes(nb::class_<PySession>& session) {
         });
 }
 
+void add_channel(PySession& self, int fd) {
+    Fd own(fd);
+    require_alive(*self.engine);
+    translate([&] {
+        if (const auto path = self.connection->path(); path && path->wants_channel()) {
+            path->add_channel(std::move(own));
+        }
+    });
+}
+
+// Where it stands, and what is wrong with it.
+nb::tuple channel_of(PySession& self) {
+    require_alive(*self.engine);
+    using Channel = backends::Path::Channel;
+    const auto path = self.connection->path();
+    const Channel state = path ? path->channel() : Channel::none;
+    return nb::make_tuple(state == Channel::up        ? "up"
+                          : state == Channel::awaited ? "awaited"
+                                                      : "none",
+                          path ? shown(path->channel_refusal()) : std::string());
+}
+
 void bind_channel(nb::class_<PySession>& session) {
-    session
-        .def(
-            "add_channel",
-            [](PySession& self, int fd) {
-                Fd own(fd);
-                require_alive(*self.engine);
-                translate([&] {
-                    if (const auto path = self.connection->path(); path && path->wants_channel()) {
-                        path->add_channel(std::move(own));
-                    }
-                });
-            },
-            nb::arg("fd"))
+    session.def("add_channel", &add_channel, nb::arg("fd"))
         .def(
             "refuse_channel",
             [](PySession& self, const std::string& why) {
@@ -155,17 +163,7 @@ void bind_channel(nb::class_<PySession>& session) {
                 }
             },
             nb::arg("why"))
-        .def("channel",  // "none", "awaited" or "up", and what is wrong with it
-             [](PySession& self) {
-                 require_alive(*self.engine);
-                 using Channel = backends::Path::Channel;
-                 const auto path = self.connection->path();
-                 const Channel state = path ? path->channel() : Channel::none;
-                 return nb::make_tuple(state == Channel::up        ? "up"
-                                       : state == Channel::awaited ? "awaited"
-                                                                   : "none",
-                                       path ? shown(path->channel_refusal()) : std::string());
-             })
+        .def("channel", &channel_of)
         .def(
             "wait_channel",
             [](PySession& self, double timeout_s) {
