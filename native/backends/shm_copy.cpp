@@ -17,13 +17,19 @@ namespace kvt::backends {
 
 namespace {
 
-// Who connected. Older kernels give only its number, which may be another's by now: the nonce finds that out.
+// Who connected, in whatever pid namespace. Older kernels give only its number, which may be another's by
+// now: the nonce finds that out.
 Fd pidfd_of(int socket, pid_t pid) {
     int fd = -1;
     socklen_t nbytes = sizeof fd;
-    if (::getsockopt(socket, SOL_SOCKET, SO_PEERPIDFD, &fd, &nbytes) != 0) {
-        fd = static_cast<int>(::syscall(SYS_pidfd_open, pid, 0));
+    if (::getsockopt(socket, SOL_SOCKET, SO_PEERPIDFD, &fd, &nbytes) == 0 && fd >= 0) {
+        return Fd(fd);
     }
+    if (pid == 0) {
+        throw std::system_error(ESRCH, std::generic_category(),
+                                "the peer is in a pid namespace of its own, before Linux 6.5");
+    }
+    fd = static_cast<int>(::syscall(SYS_pidfd_open, pid, 0));
     if (fd < 0) {
         throw std::system_error(errno, std::generic_category(), "pidfd_open");
     }
@@ -34,9 +40,6 @@ Fd pidfd_of(int socket, pid_t pid) {
 
 PeerProcess PeerProcess::at_other_end(int socket) {
     const pid_t pid = same_user_pid(socket);
-    if (pid == 0) {
-        throw std::system_error(ESRCH, std::generic_category(), "the peer is in a pid namespace of its own");
-    }
     return {pid, pidfd_of(socket, pid)};
 }
 
@@ -51,6 +54,9 @@ bool PeerProcess::alive() const noexcept {
 
 std::error_code read_pieces(pid_t pid, const iovec* to, std::size_t to_count, const iovec* from,
                             std::size_t from_count, std::uint64_t nbytes) noexcept {
+    if (pid == 0) {
+        return std::make_error_code(std::errc::no_such_process);
+    }
     const ssize_t n = ::process_vm_readv(pid, to, to_count, from, from_count, 0);
     if (n < 0) {
         return {errno, std::generic_category()};

@@ -24,11 +24,11 @@ namespace kvt::backends {
 class PeerProcess {
   public:
     /// Of the one at the other end of a unix socket, which runs as our user. Throws protocol::Violation
-    /// (another user), std::system_error (it isn't visible from here, or has gone, or the kernel has no
-    /// pidfds).
+    /// (another user), std::system_error (it has gone, or the kernel has no pidfds, or none of processes in
+    /// other pid namespaces).
     static PeerProcess at_other_end(int socket);
 
-    pid_t pid() const noexcept { return pid_; }
+    pid_t pid() const noexcept { return pid_; }  // 0: it is in another pid namespace, and has none here
     int pidfd() const noexcept { return pidfd_.get(); }  // readable when it has ended
     bool alive() const noexcept;
 
@@ -43,8 +43,8 @@ inline constexpr std::size_t kPiecesPerRead = 1024;  // UIO_MAXIOV
 /// What a call reads at most: it can't be stopped in the middle, nor read more than 2 GiB.
 inline constexpr std::uint64_t kReadAtOnce = std::uint64_t{64} << 20;
 
-/// One call. `nbytes` in all, on each side. EPERM: the kernel forbids it; ESRCH: it has gone; EFAULT: not all
-/// of it could be read.
+/// One call. `nbytes` in all, on each side. EPERM: the kernel forbids it; ESRCH: it has gone, or `pid` is 0;
+/// EFAULT: not all of it could be read.
 std::error_code read_pieces(pid_t pid, const iovec* to, std::size_t to_count, const iovec* from,
                             std::size_t from_count, std::uint64_t nbytes) noexcept;
 

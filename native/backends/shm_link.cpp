@@ -261,7 +261,9 @@ void ShmLink::judge_probe(const ShmMessage& probed) {
         const auto error = static_cast<int>(std::min<std::uint64_t>(probed.b, 4095));
         const std::lock_guard lock(peer_mutex_);
         why_not_ = "the peer can't read this process's memory: " +
-                   std::string(error == 0 ? "it is another process's" : std::strerror(error));
+                   std::string(error == 0       ? "it is another process's"
+                               : error == ESRCH ? "it is in another pid namespace"
+                                                : std::strerror(error));
     }
     peer_reads_us_.store(read, std::memory_order_release);
 }

@@ -44,6 +44,8 @@ class ShmLink final : public Pollable, public std::enable_shared_from_this<ShmLi
 
     /// The peer's board is here, so that its memory can be copied.
     bool up() const noexcept { return up_.load(std::memory_order_acquire); }
+    /// It broke, or its path is closed: it won't come up again.
+    bool closed() const noexcept { return closed_.load(); }
     /// Whether the peer can read memory of ours that isn't shared; known soon after up().
     bool peer_reads_us() const noexcept { return peer_reads_us_.load(std::memory_order_acquire); }
     std::string why_not() const;

@@ -157,9 +157,8 @@ void ShmPath::add_channel(Fd fd) {
 }
 
 Path::Channel ShmPath::channel() const {
-    const auto there = link();
-    if (there && there->up()) {
-        return Channel::up;
+    if (const auto there = link()) {
+        return there->up() ? Channel::up : there->closed() ? Channel::none : Channel::awaited;
     }
     const std::lock_guard lock(mutex_);
     return refusal_.empty() ? Channel::awaited : Channel::none;
