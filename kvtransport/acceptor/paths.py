@@ -46,26 +46,26 @@ def chosen(found: Found, shared: Shared = ("none", "")) -> str:
     return f"host memory: shm, protection plain: the receiver copies; beside it {stream}; {how}"
 
 
-def refusals(
-    found: Found, places: Places, ours: Reachability, shared: Shared = ("none", "")
-) -> list[Refusal]:
-    """Return the ways that are not used, though this version has them."""
+def refusals(found: Found, places: Places, ours: Reachability, shared: Shared | None = None) -> list[Refusal]:
+    """Return the ways that are not used, though this version has them. `shared`: None: it isn't known yet."""
     if found.backend_name == "inproc":
         return []
     return [*_of_inproc(found, places, ours), *_of_shared(found, places, ours, shared)]
 
 
-def _of_shared(found: Found, places: Places, ours: Reachability, shared: Shared) -> list[Refusal]:
+def _of_shared(found: Found, places: Places, ours: Reachability, shared: Shared | None) -> list[Refusal]:
+    reason, remedy = sharing.why_not(found, ours, places.names)
+    if reason:
+        return [Refusal("shm", reason, remedy)]
+    if shared is None:
+        return []
     state, wrong = shared
     if state == "up":
         remedy = "allocate it with Endpoint.allocate, or see kvtransport doctor"
         return [Refusal("shm", f"for memory of your own: {wrong}", remedy)] if wrong else []
-    reason, remedy = sharing.why_not(found, ours, places.names)
-    if reason:
-        return [Refusal("shm", reason, remedy)]
-    return [
-        Refusal("shm", wrong or "its channel has not come yet", "see kvtransport doctor" if wrong else "")
-    ]
+    if wrong:
+        return [Refusal("shm", wrong, "see kvtransport doctor")]
+    return [Refusal("shm", "its channel has not come yet")]
 
 
 def _of_inproc(found: Found, places: Places, ours: Reachability) -> list[Refusal]:
@@ -92,12 +92,13 @@ def lines(found: Found, places: Places, ours: Reachability, shared: Shared) -> l
 
 
 def log(peer: Peer, found: Found, places: Places, ours: Reachability) -> None:
-    """Tell of a new session: one line for the way, a warning for a better one that could have been."""
+    """Tell of a new session: one line for the way, a warning for a better one that could have been.
+
+    Of shared memory only what keeps it from being tried: `log_shared` tells the rest.
+    """
     _log.info("session with %s: %s", peer, chosen(found))
     order = places.names
     for refusal in refusals(found, places, ours):
-        if refusal.backend == "shm" and refusal.reason.startswith("its channel"):
-            continue  # it is told when it has come, or won't
         better = refusal.backend in order and order.index(refusal.backend) < order.index(found.backend_name)
         if better and refusal.remedy:
             _log.warning(

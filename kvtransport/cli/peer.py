@@ -2,7 +2,8 @@
 
 Here: the tries, and what to do where one fails. Not here: the choice that an Endpoint makes (`acceptor.places`).
 
-Invariant: each try has an Endpoint of its own, that allows one backend and is closed afterwards.
+Invariant: each try has an Endpoint of its own, that allows one backend (and what that can't do without) and is
+closed afterwards.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ from kvtransport.types import BACKENDS
 MESSAGE: Final = b"kvtransport doctor"
 MESSAGES: Final = 3
 CONNECT_S: Final = 3.0
+
+_BESIDE: Final = {"shm": "tcp"}
+"""Ways of sessions that another backend makes, and which one."""
 
 _OTHER_PROCESS: Final = "joins endpoints of one process, and this is another one"
 
@@ -61,22 +65,43 @@ def try_ways(
 ) -> dict[str, Way]:
     """Return {backend: Way} to the endpoint that listens at `address`, for every backend of this version.
 
+    Shared memory is a way of sessions by sockets: it is reached where such a session has it.
+
     sends: send the peer's `recv_messages` three short messages, to measure the round trip.
     timeout: of each connect, in seconds.
     """
-    return {name: _try(name, address, insecure, sends, timeout) for name in BACKENDS}
+    ways: dict[str, Way] = {}
+    for name in sorted(BACKENDS, key=_BESIDE.__contains__):
+        stream = ways.get(_BESIDE.get(name, ""))
+        if stream is not None and not stream.reached:
+            ways[name] = stream
+        else:
+            ways[name] = _try(name, address, insecure, sends, timeout)
+    return {name: ways[name] for name in BACKENDS}
 
 
 def _try(name: str, address: str, insecure: bool, sends: bool, timeout: float) -> Way:
     if name == "inproc":
         return Way(False, _OTHER_PROCESS)
+    allowed = (name, _BESIDE[name]) if name in _BESIDE else (name,)
     try:
-        with Endpoint(Config(backends=(name,), insecure=insecure)) as endpoint:
+        with Endpoint(Config(backends=allowed, insecure=insecure)) as endpoint:
             connection = endpoint.connect(address, timeout)
+            if connection.backend != name:
+                return Way(False, *_refusal(name, endpoint.paths(connection)))
             trip = _round_trip_us(connection, timeout) if sends else None
             return Way(True, explain=connection.explain(), round_trip_us=trip)
     except (errors.KVTransportError, errors.WaitTimeout, OSError, ValueError) as e:
         return Way(False, f"{type(e).__name__}: {e}", _remedy(e))
+
+
+def _refusal(name: str, paths: list[str]) -> tuple[str, str]:
+    """Return why a connection doesn't go by a backend that it might have gone by, and the remedy."""
+    head = f"{name}: refused: "
+    reason, _, remedy = (
+        next(line for line in paths if line.startswith(head)).removeprefix(head).partition("; ")
+    )
+    return reason, remedy
 
 
 def _round_trip_us(connection: Connection, timeout: float) -> float:

@@ -41,7 +41,7 @@ class Report:
     """What `kvt.doctor` found. `str(report)` is what `kvtransport doctor` prints, `to_json()` what `--json` does.
 
     backends: {name: Viability}, the preferred first: `.usable`, `.reason`, `.remedy`, and `.parts` of what was
-        tried. A backend that this version hasn't got is not usable, and its parts say what this machine allows.
+        tried. A backend that this version hasn't got is not usable.
     machine: {group: {fact: value}}; None: it can't be read here.
     copying: the speed of plain copies in this process: {"nbytes": of a copy, "gb_per_s": {threads: rate}}.
     advice: settings of the machine that could be better, each with what to do.
@@ -97,11 +97,10 @@ def backend_names() -> tuple[str, ...]:
 
 
 def viability_of(name: str) -> Viability:
-    """Try a backend; one that this version hasn't got isn't usable, whatever the machine allows."""
-    tried = _TRIALS[name]() if name in _TRIALS else Viability(False)
+    """Try a backend; one that this version hasn't got isn't usable."""
     if name in BACKENDS:
-        return tried
-    return Viability(False, NOT_YET, _ELSE.get(name, ""), tried.parts)
+        return _TRIALS[name]()
+    return Viability(False, NOT_YET, _ELSE.get(name, ""))
 
 
 def viability_to_json(found: Viability) -> dict[str, Any]:
@@ -116,8 +115,6 @@ def backend_lines(backends: Mapping[str, Viability]) -> list[str]:
     for name, found in backends.items():
         told = dataclasses.replace(found, remedy="") if found.parts else found  # the parts say it
         lines += _viability_lines(f"  {name:<9} ", told, shows_reason=not found.parts)
-        if found.parts and not found.usable and found.reason == NOT_YET:
-            lines.append(" " * 12 + "this machine, for a later version:")
         for what, part in found.parts:
             lines += _viability_lines(" " * 12 + f"{what}: ", part)
     return lines

@@ -27,6 +27,20 @@ def test_a_peer_that_is_reached(endpoint):
     assert [data for _, data in came] == [MESSAGE] * MESSAGES
 
 
+def test_shared_memory_where_the_session_has_it(endpoint):
+    way = try_ways(endpoint(backends=("shm", "tcp")).listen("127.0.0.1:0"))["shm"]
+    assert way.reached
+    assert way.round_trip_us > 0
+    assert "host memory: shm" in way.explain
+
+
+def test_shared_memory_where_the_peer_does_not_allow_it(endpoint):
+    ways = try_ways(endpoint(backends=("tcp",)).listen("127.0.0.1:0"))
+    assert ways["tcp"].reached
+    assert not ways["shm"].reached
+    assert ways["shm"].reason == "not among the peer's backends"
+
+
 def test_inproc_is_not_for_another_process(endpoint):
     way = try_ways(endpoint().listen("127.0.0.1:0"))["inproc"]
     assert not way.reached
