@@ -41,7 +41,7 @@ def test_preamble_is_pinned():
 
 @pytest.mark.parametrize(
     ("at", "value"),
-    [(0, b"k"), (8, b"\0\0"), (10, b"\0\0"), (12, b"\0"), (12, b"\3"), (14, b"\1"), (15, b"\1")],
+    [(0, b"k"), (8, b"\0\0"), (10, b"\0\0"), (12, b"\0"), (12, b"\4"), (14, b"\1"), (15, b"\1")],
 )
 def test_preamble_refused(at, value):
     data = bytearray(Preamble(1, 1, Kind.LANE, 1).encode())
