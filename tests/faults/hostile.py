@@ -14,6 +14,7 @@ from kvtransport.protocol.handshake import Established, Handshake, PeerKnown, Pr
 from kvtransport.protocol.messages import Hello, Kind, Preamble, Reachability, Role
 
 POOL, OFFER, WANT, CHUNK, DONE, ABORT, ABORTED, GATED, RELEASED, MESSAGE, ACK, PING, CLOSE = range(1, 14)
+HOLD, HELD = 19, 20
 LIMIT_S = 20
 PIECE = 4096
 

@@ -9,6 +9,7 @@ import pytest
 
 from kvtransport import Config, Endpoint
 from kvtransport.errors import PeerLost, RemoteProtocolError, ResourceLimit
+from kvtransport.protocol import messages
 from kvtransport.testing.side import ProcessSide
 from tests.faults import hostile
 from tests.faults.hostile import PIECE, Hostile, frame, header, offer, pool, terms, text, want
@@ -104,7 +105,7 @@ FRAMES = {
     "noise": os.urandom(64),
     "zeros": bytes(64),
     "type 0": header(0),
-    "type 14": header(14),
+    "type 21": header(21),
     "type 255": header(255),
     "a flag that isn't the type's": header(hostile.PING, flags=1),
     "reserved bytes": header(hostile.PING, rest=b"\1"),
@@ -201,15 +202,19 @@ def test_caps_chunks_with_gaps():
             assert endpoint.accept(timeout=LIMIT_S).state == "open"
 
 
+class WithGrants(Hostile):
+    capabilities = messages.CAPABILITIES
+
+
 @pytest.mark.parametrize("mib", [1, 64])
 def test_caps_answers_that_are_not_read(mib):
     """They wait here, by max_control_queue_nbytes."""
     count = 150_000
     config = Config(backends=("tcp",), max_control_queue_nbytes=mib << 20)
-    with Endpoint(config) as endpoint, Hostile(endpoint.listen("127.0.0.1:0")) as peer:
+    with Endpoint(config) as endpoint, WithGrants(endpoint.listen("127.0.0.1:0")) as peer:
         connection = endpoint.accept(timeout=LIMIT_S)
         peer.join()
-        flood = b"".join(header(hostile.MESSAGE, transfer=n) for n in range(1, count + 1))
+        flood = b"".join(frame(hostile.HOLD, bytes(20), transfer=n) for n in range(1, count + 1))
         peer.control.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)  # else the system takes more
         if mib == 1:
             with contextlib.suppress(OSError):
@@ -222,7 +227,7 @@ def test_caps_answers_that_are_not_read(mib):
         got = 0
         while got < count:
             raw = peer.control.recv(64, socket.MSG_WAITALL)
-            got += raw[0] == hostile.ACK
+            got += raw[0] == hostile.HELD
         assert connection.state == "open"
 
 
