@@ -111,7 +111,7 @@ void Engine::close() {
     for (const auto& connection : all_connections()) {
         connection->close(Cause::connection_closed, "the endpoint was closed", true);
     }
-    grants_->close();  // after: who holds a lease hears that we have gone, not that the grant has
+    grants_->close();     // after: who holds a lease hears that we have gone, not that the grant has
     wait_for_visitors();  // one of them may be closing a connection, whose handles are then done, too
     stop_threads();
     admission_->close_reserve();
