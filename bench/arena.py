@@ -1,5 +1,5 @@
 """The memory of one side: tensors in one arena of plain anonymous memory that begins at a page, as the raw
-limits' does, the pattern of the source, the check of every byte.
+limits' does, or of memory that a peer can map; the pattern of the source, the check of every byte.
 
 Invariant: a word of the source is a function of (tensor, block, word index) alone, so the destination's
 process checks what arrived without the source. No source word is zero, and the destination is zeroed before
@@ -24,16 +24,28 @@ _WORD_STEP = np.uint64(
 )  # even: so a word's lowest bit is the block base's, set below: never zero
 
 
+def _anonymous(nbytes: int) -> mmap.mmap:
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
+
+
+def _mappable(nbytes: int) -> mmap.mmap:
+    """Return what `Endpoint.allocate(nbytes=)` returns. It needs no Endpoint: a case's Endpoints share it."""
+    from kvtransport.memory.allocation import HostMemory  # which the peers' venv hasn't
+
+    return HostMemory(nbytes)
+
+
 class Arena:
     """All tensors of one side of a case."""
 
-    def __init__(self, case: Case, side: Side) -> None:
+    def __init__(self, case: Case, side: Side, mapped: bool = False) -> None:
         self.case = case
         self.side: Side = side
         self.blocks = case.side_blocks(side)
         self.block_nbytes = case.side_block_nbytes(side)
-        self._memory = mmap.mmap(-1, case.side_nbytes(side), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        self._memory.madvise(mmap.MADV_HUGEPAGE)
+        self._memory = _mappable(case.side_nbytes(side)) if mapped else _anonymous(case.side_nbytes(side))
         self.data: Bytes = np.frombuffer(self._memory, dtype=np.uint8)
         self.tensors: Bytes = self.data.reshape(case.tensors, self.blocks, self.block_nbytes)
         if side == "src":

@@ -1,6 +1,4 @@
-"""kvtransport as participants: two workers and a connection (tcp, unix), or one worker with both ends
-(inproc).
-"""
+"""kvtransport as participants: two workers and a connection, or one worker with both ends (inproc)."""
 
 from __future__ import annotations
 
@@ -15,30 +13,9 @@ from typing import Any
 from bench.cases import WARM_UP, Case
 from bench.process import WorkerError, WorkerProcess
 from bench.sample import Sample
+from bench.ways import PIN_ALL, PIN_MAIN, Way
 
 SETTLE_S = 0.01  # what was posted has reached the other side
-LANES = 2  # what R2 has, and the library's default
-
-# Which threads of a latency case are pinned: the two ends on different cores, as the limit's are. (c) is
-# one hop between the two waiting threads, so all of a process goes to its core. (b) uses two lanes: the
-# threads that post and wait are placed, and the movers one a core, as in the cases of bandwidth.
-PIN_ALL = {"c"}
-PIN_MAIN = {"b", "g"}
-
-BACKENDS = ("tcp", "tcp-digest", "unix", "inproc")
-
-
-def config_of(backend: str, extra: Mapping[str, Any], case: Case | None = None) -> dict[str, Any]:
-    """Return the Config of a backend's name: protection plain unless the name says digest. The movers are
-    pinned, one a core, as the raw limit's threads are.
-    """
-    config: dict[str, Any] = {
-        "backends": ["inproc" if backend == "inproc" else "tcp"],
-        "protection": "digest" if backend.endswith("-digest") else "plain",
-    }
-    if case is not None and case.name not in PIN_ALL and backend != "inproc":
-        config["cpus"] = sorted(os.sched_getaffinity(0))[:LANES]
-    return config | dict(extra)
 
 
 def two_cores() -> tuple[list[int], list[int]]:
@@ -52,7 +29,9 @@ class Pair:
 
     def __init__(self, backend: str, case: Case, config: Mapping[str, Any], open_now: bool = True) -> None:
         self.backend = backend
-        self.config = config_of(backend, config, case)
+        self.way = Way(backend)
+        self.config = self.way.config(config, case)
+        self._token = ""
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self.src = WorkerProcess(f"{backend} src", sys.executable, "bench.worker")
         try:
@@ -70,7 +49,7 @@ class Pair:
 
     def allocate(self, case: Case) -> None:
         for worker, side in ((self.src, "src"), (self.dst, "dst")):
-            worker.start("allocate", case=case.name, side=side)
+            worker.start("allocate", case=case.name, side=side, mapped=self.way.mapped)
         for worker in (self.src, self.dst):
             worker.read_reply()
 
@@ -81,6 +60,8 @@ class Pair:
         address = self.listen()
         explain: str = self.src.call("connect", address=address)["explain"]
         self.dst.call("accept")
+        if self.way.reads:
+            self._token = self.src.call("grant")["token"]
         return explain
 
     def listen(self) -> str:
@@ -96,28 +77,47 @@ class Pair:
             worker.call("pin", cpus=cpus, main_only=main_only)
 
     def transfer(self, seed: int, timeout: float = 180.0) -> Sample:
-        """Warm up as the raw limit does (other ids), then receive posted first, send, bytes verified."""
-        self._once(seed + WARM_UP, timeout)
-        return self._once(seed, timeout)
+        """Warm up as the raw limit does (other ids), then the same measured, bytes verified."""
+        once = self._read_once if self.way.reads else self._once
+        once(seed + WARM_UP, timeout)
+        return once(seed, timeout)
+
+    def _read_once(self, seed: int, timeout: float) -> Sample:
+        """The destination reads; the source's Python has no part in it."""
+        before = self.src.call("usage")["cpu_s"]
+        read = self.dst.call("read", timeout, seed=seed, token=self._token)
+        cpu = read["cpu_s"] + self.src.call("usage")["cpu_s"] - before
+        self._check(read)
+        return Sample(read["nbytes"], read["seconds"], cpu, True, read["runs"])
 
     def _once(self, seed: int, timeout: float) -> Sample:
+        """The receive is posted first."""
         self.dst.start("receive", seed=seed)
         self.dst.read_reply(timeout)
         time.sleep(SETTLE_S)
         sent = self.src.call("send", timeout, seed=seed)
         received = self.dst.read_reply(timeout)
-        _check(self.backend, received)
+        self._check(received)
         cpu = sent["cpu_s"] + received["cpu_s"]
         return Sample(sent["nbytes"], sent["seconds"], cpu, True, received["runs"])
 
     def latencies(self, seed: int) -> Sample:
         """The same, LATENCY_BATCH times, one after the other, with the receives posted before the first send."""
+        if self.way.reads:
+            read = self.dst.call("read_batch", seed=seed, token=self._token)
+            self._check(read)
+            return Sample.of_latencies(read["nbytes"], read["samples_us"])
         self.dst.start("receive_batch", seed=seed)
         self.dst.read_reply()
         time.sleep(SETTLE_S)
         sent = self.src.call("send_batch", seed=seed)
-        _check(self.backend, self.dst.read_reply())
+        self._check(self.dst.read_reply())
         return Sample.of_latencies(sent["nbytes"], sent["samples_us"])
+
+    def _check(self, reply: Mapping[str, Any]) -> None:
+        _check(self.backend, reply)
+        if self.way.shares and reply["backend"] != "shm":
+            raise WorkerError(f"{self.backend}: the bytes went by {reply['backend']}, not through memory")
 
     def close(self) -> None:
         for worker in (self.src, self.dst):
@@ -172,7 +172,7 @@ class OursInproc:
 
     def open(self, case: Case) -> None:
         self._worker = WorkerProcess("inproc", sys.executable, "bench.worker", ["--inproc"])
-        self._worker.call("open", case=case.name, config=config_of("inproc", self._config))
+        self._worker.call("open", case=case.name, config=Way("inproc").config(self._config))
 
     def run(self, case: Case, seed: int) -> Sample:
         assert self._worker is not None

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import cases, ours, plots, raw_limits, report, targets
+from bench import cases, ours, plots, raw_limits, report, targets, ways
 from bench.cases import Case, case_of
 from bench.progress import Progress
 from bench.rounds import CaseResult, run_case
@@ -38,7 +38,8 @@ SPECIALS = {
 PLAIN = ("a", "b", "c", "d", "e", "f", "fs")
 ALL = (*PLAIN, "n", *SPECIALS)
 ALL_COPIES = tuple(raw_limits.COPIES)
-COPIES_FOR = {"a": ALL_COPIES, "b": ("memcpy1",), "d": ALL_COPIES, "e": ("memcpy1",)}
+COPIES_FOR = {"a": ALL_COPIES, "b": ("memcpy1", "memfd1"), "d": ALL_COPIES}
+COPIES_FOR |= {"e": ("memcpy1", "memfd2"), "f": ("memfd2",)}
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -48,7 +49,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="write every sample to this file")
     parser.add_argument("--plots", type=Path, metavar="FOLDER", help="draw PNG files there; needs matplotlib")
     parser.add_argument(
-        "--backends", default="tcp,tcp-digest,inproc", help=f"of {','.join(ours.BACKENDS)}; empty: none"
+        "--backends", default="tcp,tcp-digest,inproc", help=f"of {','.join(ways.BACKENDS)}; empty: none"
     )
     parser.add_argument("--peers", nargs="?", const="default", default="", help="names, or the usual ones")
     parser.add_argument("--config", action="append", default=[], metavar="KEY=VALUE", help="of kvt.Config")
@@ -57,7 +58,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--allow-slow-limits", action="store_true", help="report slow limits, but don't fail")
     arguments = parser.parse_args(argv)
     unknown = [name for name in _names(arguments.cases) if name not in ALL and not name.startswith("n:")]
-    unknown += [name for name in _names(arguments.backends) if name not in ours.BACKENDS]
+    unknown += [name for name in _names(arguments.backends) if name not in ways.BACKENDS]
     if unknown:
         parser.error(f"unknown: {', '.join(unknown)}")
     return arguments

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Mapping
 from pathlib import Path
 
+from bench import shm_targets
 from bench.raw_limits import R1, R2
 from bench.rounds import CaseResult
 from bench.rows import Row
@@ -60,7 +61,7 @@ def rows_of(results: Results) -> list[Row]:
         rows += _block_latency(case)
     if case := results.get("c"):
         rows.append(Row.at_most("(c) 4 KiB p50 / R1", case.ratio(TCP, R1), 1.3))
-    return rows + _flat_cpu(results)
+    return rows + shm_targets.rows_of(results) + _flat_cpu(results)
 
 
 def _bulk(case: CaseResult, title: str, of_r2: float, of_peers: Mapping[tuple[str, ...], float]) -> list[Row]:

@@ -36,11 +36,11 @@ class End:
         self.heads: slice | None = None
         self.side: Side = "src"
 
-    def do_allocate(self, case: str, side: Side) -> None:
-        """Make the memory; every page is touched before an Endpoint exists."""
+    def do_allocate(self, case: str, side: Side, mapped: bool = False) -> None:
+        """Make the memory, such as a peer can map or plain; every page is touched before an Endpoint exists."""
         self.side = side
         self.case = case_of(case)
-        self.arena = Arena(self.case, side)
+        self.arena = Arena(self.case, side, mapped)
 
     def do_open(self, config: dict[str, Any]) -> None:
         self.endpoint = kvt.Endpoint(kvt.Config.from_dict(config))
@@ -103,7 +103,13 @@ class End:
         result = transfer.result(timeout=WAIT_S)
         used = measure.cpu_s() - cpu
         wrong = self.arena.wrong_blocks(ids_of(self.case, seed, "src"), ids)
-        yield {"cpu_s": used, "wrong": wrong, "nbytes": result.nbytes, "runs": result.runs}
+        yield {
+            "cpu_s": used,
+            "wrong": wrong,
+            "nbytes": result.nbytes,
+            "runs": result.runs,
+            "backend": result.backend,
+        }
 
     def do_send(self, seed: int) -> dict[str, Any]:
         """Post and wait for the destination's word; the clock stops when it is here."""
@@ -127,10 +133,10 @@ class End:
         self.arena.wipe()
         transfers = [self.post(row, f"run-{seed}-{i}") for i, row in enumerate(ids)]
         yield {}
-        for transfer in transfers:
-            transfer.result(timeout=WAIT_S)
+        ways = {transfer.result(timeout=WAIT_S).backend for transfer in transfers}
         source = batch_ids(self.case, seed, "src", count)
-        yield {"wrong": self.arena.wrong_blocks(source.ravel(), ids.ravel())}
+        wrong = self.arena.wrong_blocks(source.ravel(), ids.ravel())
+        yield {"wrong": wrong, "backend": "+".join(sorted(ways))}
 
     def do_send_batch(self, seed: int, count: int = LATENCY_BATCH) -> dict[str, Any]:
         """Send one after the other; the time of each is from the post to the destination's word."""
@@ -141,6 +147,55 @@ class End:
             self.post(row, f"run-{seed}-{i}").result(timeout=WAIT_S)
             samples.append((time.perf_counter() - began) * 1e6)
         return {"samples_us": samples, "nbytes": self.case.nbytes}
+
+    def do_grant(self) -> dict[str, Any]:
+        """Open the whole pool to readers, for good."""
+        return {"token": self.pool.grant(None, readers=None, ttl_s=None).token}
+
+    def read(self, token: str, source: Any, here: Any) -> Any:
+        """Post one read of the peer's blocks `source`."""
+        assert self.case is not None
+        src_heads = slice(0, 4) if self.case.sliced else None
+        return self.conn.read_blocks(
+            token, self.pool, here, subset=source, heads=self.heads, src_heads=src_heads
+        )
+
+    def do_read(self, seed: int, token: str) -> dict[str, Any]:
+        """Read and wait; check every byte."""
+        assert self.case is not None
+        source, here = (ids_of(self.case, seed, side) for side in ("src", "dst"))
+        self.arena.wipe()
+        cpu = measure.cpu_s()
+        began = time.perf_counter()
+        result = self.read(token, source, here).result(timeout=WAIT_S)
+        seconds = time.perf_counter() - began
+        return {
+            "seconds": seconds,
+            "cpu_s": measure.cpu_s() - cpu,
+            "wrong": self.arena.wrong_blocks(source, here),
+            "nbytes": result.nbytes,
+            "runs": result.runs,
+            "backend": result.backend,
+        }
+
+    def do_read_batch(self, seed: int, token: str, count: int = LATENCY_BATCH) -> dict[str, Any]:
+        """Read one after the other; the time of each is from the post to its result."""
+        assert self.case is not None
+        source, here = (batch_ids(self.case, seed, side, count) for side in ("src", "dst"))
+        self.arena.wipe()
+        samples, ways = [], set()
+        for theirs, ours in zip(source, here, strict=True):
+            began = time.perf_counter()
+            result = self.read(token, theirs, ours).result(timeout=WAIT_S)
+            samples.append((time.perf_counter() - began) * 1e6)
+            ways.add(result.backend)
+        wrong = self.arena.wrong_blocks(source.ravel(), here.ravel())
+        return {
+            "samples_us": samples,
+            "nbytes": self.case.nbytes,
+            "wrong": wrong,
+            "backend": "+".join(sorted(ways)),
+        }
 
     def do_usage(self) -> dict[str, Any]:
         return {"cpu_s": measure.cpu_s(), "uss": measure.uss_nbytes(), "threads": len(measure.thread_ids())}

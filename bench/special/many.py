@@ -13,10 +13,10 @@ from typing import Any
 
 from bench import measure, raw_limits
 from bench.cases import CONN_COUNTS, ids_of
-from bench.ours import LANES
 from bench.rows import Row
 from bench.special.context import Context
 from bench.special.mesh import Mesh, links, mesh, star
+from bench.ways import LANES
 
 IDLE_CONNECTIONS, IDLE_S, IDLE_SHARE = 100, 10.0, 0.01
 MEMORY_KIB = 64.0

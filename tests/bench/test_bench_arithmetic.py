@@ -5,13 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from bench import measure, targets
+from bench import measure, shm_targets, targets
 from bench.arena import Arena
 from bench.cases import LATENCY_WARM_UPS, Case, batch_ids, case_of, ids_of
 from bench.rounds import CaseResult
 from bench.rows import Row
 from bench.run import Bench, parse
 from bench.sample import Sample
+from bench.ways import BACKENDS, Way
 
 WHOLE = Case("t", "test", 3, 32, 512, 8)
 SLICED = Case("t", "test", 4, 16, 512, 8, row_nbytes=64)
@@ -148,3 +149,41 @@ def test_rounding_does_not_hide_a_missed_target() -> None:
     row = Row.at_least("a", 0.7996, 0.8)
     assert (row.measured, row.met) == ("0.7996 x", False)
     assert Row.at_most("a", 1.234, 1.2).measured == "1.23 x"
+
+
+def test_a_name_says_what_is_run() -> None:
+    case = case_of("a")
+    plain, one = Way("shm-plain-read"), Way("shm-1")
+    assert (plain.shares, plain.mapped, plain.reads) == (True, False, True)
+    assert (one.shares, one.mapped, one.reads) == (True, True, False)
+    assert one.config({}, case)["movers"] == len(one.config({}, case)["cpus"]) == 1
+    assert one.config({"movers": 3}, case)["movers"] == 3
+    for name in BACKENDS:
+        config = Way(name).config({}, case)
+        assert ("shm" in config["backends"]) == name.startswith("shm"), name
+        assert (config["protection"] == "digest") == (name == "tcp-digest"), name
+
+
+def test_memory_targets_are_ratios_of_the_same_round() -> None:
+    result = result_with(shm=[24.0, 12.0], shm_1=[10.0, 5.0], memfd2=[24.0, 12.0], memfd1=[10.0, 10.0])
+    rows = {row.name: row for row in shm_targets.rows_of({"a": result})}
+    assert rows["(a) shm / memfd2"].met is True
+    assert rows["(a) shm-1 / memfd1"].met is False
+    assert rows["CPU s/GB (a) shm / memfd2"].met is True
+    assert not any("nixl" in name or "plain" in name for name in rows)
+
+
+def test_a_read_of_a_piece_is_held_against_time_and_nixl() -> None:
+    result = CaseResult(case_of("c"))
+    for name, us in (("shm-read", 2.4), ("nixl-read", 2.3)):
+        result.samples[name] = {0: Sample(4096, 1.0, 0.0, True, latencies_us=[us] * 5)}
+    rows = {row.name: row.met for row in shm_targets.rows_of({"c": result})}
+    assert rows == {"(c) shm-read of 4 KiB, p50": True, "(c) shm-read p50 / nixl-read": False}
+
+
+def test_an_arena_that_can_be_mapped_holds_the_same_bytes() -> None:
+    from kvtransport.memory.allocation import HostMemory
+
+    src = Arena(WHOLE, "src", mapped=True)
+    assert isinstance(src._memory, HostMemory)
+    assert (src.data == Arena(WHOLE, "src").data).all()
