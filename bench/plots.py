@@ -58,9 +58,9 @@ def _figures(document: Document) -> Iterator[tuple[str, Any]]:
                 f"latency-{name.replace(':', '-')}",
                 _cumulative(f"({name}) {case['case']['title']}", samples),
             )
-    crowd = document["settings"].get("details", {}).get("crowd")
-    if crowd:
-        yield "crowd", _crowd(crowd)
+    for name, crowd in document["settings"].get("details", {}).items():
+        if name.split()[0] == "crowd":
+            yield name.replace(" ", "-"), _crowd(crowd)
 
 
 # --- figures of a document ---------------------------------------------------------------------------------------

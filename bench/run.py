@@ -23,10 +23,15 @@ from bench.special.context import Context
 SPECIALS = {
     "g": "under_load.measure_rows",
     "h": "crowd.measure_rows",
+    "h-shm": "crowd.measure_shm",
     "fair": "sharing.measure_rows",
+    "fair-shm": "sharing.measure_shm",
+    "beside": "beside.measure_rows",
+    "rewriting": "rewriting.measure_rows",
     "conns": "many.measure_bandwidth",
     "posting": "posting.measure_rows",
     "idle": "many.measure_idle",
+    "idle-shm": "many.measure_idle_shm",
     "gil": "gil.measure_rows",
     "connecting": "connecting.measure_rows",
     "awaits": "awaits.measure_rows",
@@ -54,6 +59,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--peers", nargs="?", const="default", default="", help="names, or the usual ones")
     parser.add_argument("--config", action="append", default=[], metavar="KEY=VALUE", help="of kvt.Config")
     parser.add_argument("--max-pieces", type=int, default=1_000_000, help="for case n")
+    parser.add_argument("--reads", type=int, default=1_000_000, help="for rewriting, over each backend")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.add_argument("--allow-slow-limits", action="store_true", help="report slow limits, but don't fail")
     arguments = parser.parse_args(argv)
@@ -92,7 +98,7 @@ class Bench:
         self.cases = [case_of(name) for name in self._plain_names(names)]
         self.specials = [name for name in names if name in SPECIALS] if self._backends else []
         self.progress = Progress(self._steps(), arguments.quiet)
-        self.context = Context(self.config, max(3, arguments.rounds // 2), self.progress)
+        self.context = Context(self.config, max(3, arguments.rounds // 2), self.progress, arguments.reads)
 
     @property
     def _backends(self) -> list[str]:

@@ -20,7 +20,7 @@ from bench.arrivals import CLASSES, ENDS, LARGE, Request, Room, alone, crowd, sl
 from bench.cases import Ids, case_of
 from bench.process import WorkerError
 from bench.rows import Row
-from bench.special.context import Context
+from bench.special.context import Context, titled
 from bench.special.mesh import Mesh, links, nodes
 
 LOAD = 0.7
@@ -203,11 +203,11 @@ def _round(pair: Any, limit: raw_limits.Limit, turn: int, record: _Record) -> No
         raise WorkerError(f"{wrong} blocks hold wrong bytes")
 
 
-def measure_rows(context: Context) -> list[Row]:
+def measure_rows(context: Context, backend: str = "tcp") -> list[Row]:
     record = _Record()
     program = raw_limits.LimitsProgram()
     try:
-        with context.pair("h", open_now=False) as pair:
+        with context.pair("h", backend, open_now=False) as pair:
             group = Mesh(pair, [(sender, receiver) for sender in range(ENDS) for receiver in range(ENDS)])
             group.grow(ENDS * ENDS)
             limit = raw_limits.Limit(raw_limits.R2, program)
@@ -220,13 +220,17 @@ def measure_rows(context: Context) -> list[Row]:
             group.close()
     finally:
         program.close()
-    return _rows(context, record)
+    return _rows(context, record, backend)
 
 
-def _rows(context: Context, record: _Record) -> list[Row]:
+def measure_shm(context: Context) -> list[Row]:
+    return measure_rows(context, "shm")
+
+
+def _rows(context: Context, record: _Record, backend: str) -> list[Row]:
     rate = measure.median(record.limit_gb_s)
     each = record.slowdowns()
-    context.details["crowd"] = {
+    context.details[titled("crowd", backend)] = {
         "load": LOAD,
         "R2_gb_s": record.limit_gb_s,
         "loaded_us": record.loaded_us,
@@ -236,18 +240,17 @@ def _rows(context: Context, record: _Record) -> list[Row]:
         "waited_for_room": record.waited,
     }
     rows = []
+    case = titled("(h)", backend)
     for blocks in CLASSES:
         loaded, lone = record.loaded_us[blocks], record.alone_us[blocks]
         p50, p99 = (measure.percentile(loaded, q) / 1000 for q in (0.5, 0.99))
         shown = f"{p50:.2f} / {p99:.2f} ms (alone {measure.median(lone) / 1000:.2f})"
-        name = (
-            f"(h) {blocks} block{'s' if blocks > 1 else ''} at {LOAD:.0%} of R2 ({rate:.1f} GB/s), p50 / p99"
-        )
+        name = f"{case} {blocks} block{'s' if blocks > 1 else ''} at {LOAD:.0%} of R2 ({rate:.1f} GB/s), p50 / p99"
         rows.append(Row(name, shown, "reported", None))
     senders = ", ".join(f"{value:.2f}" for value in each)
-    name = "(h) Jain's index of the senders' mean slowdown"
+    name = f"{case} Jain's index of the senders' mean slowdown"
     rows.append(Row(name, f"{measure.jain(each):.3f} ({senders})", "reported", None))
     if record.waited:
-        name = f"(h) requests of {LARGE} blocks and more that waited for free blocks"
+        name = f"{case} requests of {LARGE} blocks and more that waited for free blocks"
         rows.append(Row(name, f"{record.waited} of {sum(map(len, record.took))}", "reported", None))
     return rows

@@ -14,7 +14,7 @@ from typing import Any
 from bench import measure, raw_limits
 from bench.cases import CONN_COUNTS, ids_of
 from bench.rows import Row
-from bench.special.context import Context
+from bench.special.context import Context, titled
 from bench.special.mesh import Mesh, links, mesh, star
 from bench.ways import LANES
 
@@ -65,8 +65,8 @@ class _Group(Mesh):
         return nbytes / seconds / 1e9
 
 
-def measure_idle(context: Context) -> list[Row]:
-    with context.pair("c", open_now=False) as pair:
+def measure_idle(context: Context, backend: str = "tcp") -> list[Row]:
+    with context.pair("c", backend, open_now=False) as pair:
         group = _Group(pair, star(IDLE_CONNECTIONS))
         group.grow(1)
         one = pair.dst.call("usage")["uss"]
@@ -79,13 +79,21 @@ def measure_idle(context: Context) -> list[Row]:
         group.close()
     share = {side: (after[side]["cpu_s"] - begin[side]["cpu_s"]) / IDLE_S for side in begin}
     each_kib = (begin["dst"]["uss"] - one) / (IDLE_CONNECTIONS - 1) / 1024
-    context.details["idle"] = {"share": share, "kib_each": each_kib, "threads": begin["dst"]["threads"]}
-    return [
-        Row.at_most(
-            f"{IDLE_CONNECTIONS} idle connections, of a core", share["dst"] * 100, IDLE_SHARE * 100, "%"
-        ),
-        Row.at_most("memory of a further connection", each_kib, MEMORY_KIB, "KiB"),
-    ]
+    context.details[titled("idle", backend)] = {
+        "share": share,
+        "kib_each": each_kib,
+        "threads": begin["dst"]["threads"],
+    }
+    idle = titled(f"{IDLE_CONNECTIONS} idle connections, of a core", backend)
+    further = titled("memory of a further connection", backend)
+    rows = [Row.at_most(idle, share["dst"] * 100, IDLE_SHARE * 100, "%")]
+    if backend == "tcp":
+        return [*rows, Row.at_most(further, each_kib, MEMORY_KIB, "KiB")]
+    return [*rows, Row(further, f"{each_kib:.1f} KiB", "reported", None)]
+
+
+def measure_idle_shm(context: Context) -> list[Row]:
+    return measure_idle(context, "shm")
 
 
 def measure_bandwidth(context: Context) -> list[Row]:

@@ -11,7 +11,7 @@ import math
 from typing import Any
 
 import kvtransport as kvt
-from bench.process import WorkerProcess
+from bench.process import WorkerError, WorkerProcess
 
 Places = list[tuple[int, int]]
 """The Endpoints of each connection: source, destination."""
@@ -51,6 +51,11 @@ def worker_accept(end: Any, index: int) -> dict[str, Any]:
     return {}
 
 
+def worker_ways(end: Any) -> dict[str, Any]:
+    """Worker: by which backends its connections go."""
+    return {"ways": sorted({conn.backend for _, conn in links})}
+
+
 def worker_close(end: Any) -> dict[str, Any]:
     """Worker: close its Endpoints."""
     links.clear()
@@ -79,6 +84,7 @@ class Mesh:
         self.dst: WorkerProcess = pair.dst
         self._places = places
         self._config = {**pair.config, **CONFIG}
+        self._way = pair.way.kind
         self._addresses: list[str] = []
         self._sources = 0
         self.count = 0
@@ -94,6 +100,9 @@ class Mesh:
             self.src.call("mesh.connect", index=source, address=self._addresses[destination])
             self.dst.call("mesh.accept", index=destination)
             self.count += 1
+        for worker in (self.src, self.dst):
+            if (ways := worker.call("mesh.ways")["ways"]) != [self._way]:
+                raise WorkerError(f"connections go by {ways}, not all by {self._way}")
 
     def close(self) -> None:
         """Close all of them, the workers stay."""

@@ -15,7 +15,7 @@ from bench import measure
 from bench.cases import Case, Ids, Side, case_of
 from bench.process import WorkerError
 from bench.rows import Row
-from bench.special.context import Context
+from bench.special.context import Context, titled
 from bench.special.mesh import Mesh, links, star
 
 SENDERS, SUM_LEAST = 3, 0.85
@@ -73,9 +73,9 @@ def _moved(pair: Any, seed: int, over: list[int]) -> dict[str, Any]:
     return sent
 
 
-def measure_rows(context: Context) -> list[Row]:
+def measure_rows(context: Context, backend: str = "tcp") -> list[Row]:
     sums, apart = [], []
-    with context.pair("h", open_now=False) as pair:
+    with context.pair("h", backend, open_now=False) as pair:
         group = Mesh(pair, star(SENDERS))
         group.grow(SENDERS)
         every = list(range(SENDERS))
@@ -89,8 +89,14 @@ def measure_rows(context: Context) -> list[Row]:
             sums.append(three / one)
             apart.append(max(two) / min(two))
         group.close()
-    context.details["sharing"] = {"three_over_one": sums, "two_apart": apart}
+    context.details[titled("sharing", backend)] = {"three_over_one": sums, "two_apart": apart}
+    three = titled("three senders to one receiver / one alone", backend)
+    two = titled("two equal transfers at once: last / first", backend)
     return [
-        Row.at_least("three senders to one receiver / one alone", measure.median(sums), SUM_LEAST),
-        Row.at_most("two equal transfers at once: last / first", measure.median(apart), APART_MOST),
+        Row.at_least(three, measure.median(sums), SUM_LEAST),
+        Row.at_most(two, measure.median(apart), APART_MOST),
     ]
+
+
+def measure_shm(context: Context) -> list[Row]:
+    return measure_rows(context, "shm")

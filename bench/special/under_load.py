@@ -23,6 +23,7 @@ PROBES = 100
 GAP_S = 0.004
 IDLE_TIMES, P99_MS = 4.0, 8.0
 LANES = 2
+SIDES: tuple[Side, Side] = ("src", "dst")
 WAIT_S = 60.0
 
 _load: BulkLoad | None = None
@@ -83,12 +84,12 @@ class BulkLoad:
         return self._pending
 
 
-def worker_prepare(end: Any) -> dict[str, Any]:
+def worker_prepare(end: Any, mapped: bool = False) -> dict[str, Any]:
     """Worker: its case is not in the table of cases, so the arena is made here."""
     from bench.arena import Arena
 
     end.case = SHAPE
-    end.arena = Arena(SHAPE, end.side)
+    end.arena = Arena(SHAPE, end.side, mapped)
     return {}
 
 
@@ -146,6 +147,12 @@ def worker_check(end: Any, seed: int, with_bulk: bool) -> dict[str, Any]:
     wrong = end.arena.wrong_blocks(source, here)
     end.arena.wipe()
     return {"wrong": wrong}
+
+
+def worker_check_bulk(end: Any) -> dict[str, Any]:
+    """Worker, destination: every byte, of the bulk's last transfers alone."""
+    source, here = (np.concatenate([bulk_ids(half, side) for half in (0, 1)]) for side in SIDES)
+    return {"wrong": end.arena.wrong_blocks(source, here)}
 
 
 def _probe(pair: Any, seed: int) -> list[float]:
