@@ -24,8 +24,12 @@ using protocol::Violation;
 namespace {
 
 constexpr std::size_t kMostPools = 4096;
-constexpr std::uint64_t kMostShape = 64u << 20;  // bytes of a pool's description
+constexpr std::uint64_t kMostShape = 4u << 20;   // bytes of a pool's description: as many as there can be
+constexpr std::uint64_t kMostKept = 256u << 20;  // bytes that all of its pools take here
 constexpr std::uint64_t kProbeId = 1;
+
+// Then others have a turn: a peer may write as fast as it is read. More than a socket holds.
+constexpr unsigned kReadsInARow = 4096;
 
 std::array<std::byte, 16> random_bytes() {
     std::array<std::byte, 16> bytes{};
@@ -35,7 +39,13 @@ std::array<std::byte, 16> random_bytes() {
     return bytes;
 }
 
-Fd duplicate(int fd) { return Fd(::fcntl(fd, F_DUPFD_CLOEXEC, 0)); }
+Fd duplicate(int fd) {
+    const int copy = ::fcntl(fd, F_DUPFD_CLOEXEC, 0);
+    if (copy < 0) {
+        throw std::system_error(errno, std::generic_category(), "a descriptor of shared memory");
+    }
+    return Fd(copy);
+}
 
 // A transfer, as copy.hpp wants runs.
 struct RunsOf {
@@ -90,14 +100,20 @@ void ShmLink::start() {
     board.a = segment.size();
     ShmMessage probe{ShmType::probe, kProbeId};
     probe.a = reinterpret_cast<std::uintptr_t>(nonce_.data());
-    {
+    try {
         const std::lock_guard lock(tx_mutex_);
         send(board, duplicate(segment.fd()));
         send(probe);
         flush();
+    } catch (const std::system_error& here) {  // no descriptor left
+        failed(here);
+        return;
     }
     if (const auto refused = reactor_.add(channel_.get(), EPOLLIN | EPOLLRDHUP, shared_from_this())) {
         failed(std::system_error(refused, "the channel of shared memory can't be watched"));
+    }
+    if (closed_.load()) {  // meanwhile: close() had nothing to remove yet
+        reactor_.remove(channel_.get());
     }
 }
 
@@ -172,7 +188,7 @@ void ShmLink::read_channel() {
         news_.why = why.what();
     };
     try {
-        while (!closed_.load() && !news_.broke && !news_.ends) {
+        for (unsigned i = 0; i < kReadsInARow && !closed_.load() && !news_.broke && !news_.ends; ++i) {
             const ShmRead read = read_some(channel_.get(), reader_);
             if (read == ShmRead::ended) {
                 news_.broke = true;
@@ -207,11 +223,7 @@ void ShmLink::take(ShmReader::Received received) {
         case ShmType::probed: judge_probe(message); return;
         case ShmType::board: take_board(std::move(received)); return;
         case ShmType::pool: take_pool(std::move(received)); return;
-        case ShmType::pool_gone: {
-            const std::lock_guard lock(peer_mutex_);
-            peer_pools_.erase(message.id);
-            return;
-        }
+        case ShmType::pool_gone: drop_pool(message.id); return;
     }
 }
 
@@ -232,15 +244,32 @@ void ShmLink::take_pool(ShmReader::Received received) {
     if (received.message.a > kMostShape) {
         throw protocol::Excess("a pool of shared memory has too long a description");
     }
-    const PeerSegment file = PeerSegment::open(std::move(received.fd), received.message.a);
-    auto pool = std::make_shared<const ShmPool>(
-        decode_shm_pool(std::span(file.data(), file.size()), peer_segments_));
+    const protocol::Bytes shape = [&] {  // a copy: the peer may still write to its file
+        const PeerSegment file = PeerSegment::open(std::move(received.fd), received.message.a);
+        return protocol::Bytes(file.data(), file.data() + file.size());
+    }();
+    auto pool = std::make_shared<const ShmPool>(decode_shm_pool(shape, peer_segments_));
     const std::lock_guard lock(peer_mutex_);
     if (peer_pools_.size() >= kMostPools) {
         throw protocol::Excess("the peer announces more than 4,096 pools of shared memory");
     }
-    if (!peer_pools_.emplace(received.message.id, std::move(pool)).second) {
+    if (pool->kept_nbytes > kMostKept - kept_nbytes_) {
+        throw protocol::Excess("the peer's pools of shared memory have too long descriptions");
+    }
+    const auto [known, fresh] = peer_pools_.emplace(received.message.id, std::move(pool));
+    if (!fresh) {
         throw Violation("a pool of shared memory is announced twice");
+    }
+    kept_nbytes_ += known->second->kept_nbytes;
+}
+
+void ShmLink::drop_pool(std::uint64_t id) {
+    std::shared_ptr<const ShmPool> last;  // unmapped without the lock
+    const std::lock_guard lock(peer_mutex_);
+    if (const auto known = peer_pools_.find(id); known != peer_pools_.end()) {
+        last = std::move(known->second);
+        kept_nbytes_ -= last->kept_nbytes;
+        peer_pools_.erase(known);
     }
 }
 
@@ -361,15 +390,17 @@ void ShmLink::end(Guard guard) noexcept {
 
 void ShmLink::forget_pool(std::uint64_t pool) {
     const std::lock_guard lock(tx_mutex_);
-    if (told_pools_.erase(pool) == 0) {
+    if (told_pools_.erase(pool) != 0) {
+        send({ShmType::pool_gone, pool});
+    }
+    const auto told = segments_of_.extract(pool);  // also of a pool that was half told
+    if (told.empty()) {
         return;
     }
-    send({ShmType::pool_gone, pool});
-    for (const std::uint64_t segment : segments_of_[pool]) {
+    for (const std::uint64_t segment : told.mapped()) {
         told_segments_.erase(segment);
         send({ShmType::gone, segment});
     }
-    segments_of_.erase(pool);
     flush();
 }
 

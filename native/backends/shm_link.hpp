@@ -33,7 +33,7 @@ namespace kvt::backends {
 class ShmLink final : public Pollable, public std::enable_shared_from_this<ShmLink> {
   public:
     /// Takes a channel that has joined. Throws protocol::Violation (another user's process),
-    /// std::system_error (no room for the board, or its process isn't visible).
+    /// std::system_error (no room for the board, or its process has gone).
     ShmLink(std::weak_ptr<PathHost> host, EventLoop& reactor, Fd channel);
     ~ShmLink() override;
 
@@ -70,6 +70,7 @@ class ShmLink final : public Pollable, public std::enable_shared_from_this<ShmLi
     void take(ShmReader::Received received);
     void take_board(ShmReader::Received received);
     void take_pool(ShmReader::Received received);
+    void drop_pool(std::uint64_t id);
     void answer_probe(const ShmMessage& probe);
     void judge_probe(const ShmMessage& probed);
     bool announce(const SourceMemory& source);
@@ -109,6 +110,7 @@ class ShmLink final : public Pollable, public std::enable_shared_from_this<ShmLi
     std::optional<PeerBoard> peer_board_;  // set once
     PeerSegments peer_segments_;
     std::map<std::uint64_t, std::shared_ptr<const ShmPool>> peer_pools_;
+    std::uint64_t kept_nbytes_ = 0;  // by all of them
     std::string why_not_;
 };
 

@@ -34,6 +34,9 @@ class ShmPath::Copier final : public Runnable {
         } catch (const protocol::Violation& violation) {
             host->chunk_end(*target, {protocol::ChunkStatus::aborted}, false);
             host->lose(protocol::Cause::protocol_error, violation.what());
+        } catch (const std::exception& here) {  // who ends the transfer waits for this copy
+            host->chunk_end(*target, {protocol::ChunkStatus::aborted}, false);
+            host->give_up(here);
         }
         host->settle();
         if (link) {
@@ -153,7 +156,7 @@ void ShmPath::add_channel(Fd fd) {
     for (const auto& copier : copiers_) {
         copier->set_link(made);
     }
-    made->start();
+    made->start();  // where close() came first it lets go by itself
 }
 
 Path::Channel ShmPath::channel() const {

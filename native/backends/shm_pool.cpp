@@ -175,6 +175,8 @@ ShmPool decode_shm_pool(std::span<const std::byte> raw, const PeerSegments& segm
     } catch (const std::logic_error& wrong) {
         throw Violation(std::string("a pool of shared memory can't be: ") + wrong.what());
     }
+    constexpr std::uint64_t kOfAByte = 4, kOfASegment = sizeof(memory::Segment) + sizeof(std::uint64_t);
+    pool.kept_nbytes = raw.size() * kOfAByte + pool.shape->cached_segments() * kOfASegment;
     for (auto& of_layer : places) {
         for (auto& segment : of_layer) {
             if (std::find(pool.segments.begin(), pool.segments.end(), segment) == pool.segments.end()) {

@@ -26,6 +26,7 @@ struct ShmPool {
     std::shared_ptr<const memory::PoolShape> shape;
     bool mapped = false;  // else its addresses are the peer's, for process_vm_readv
     std::vector<std::shared_ptr<const PeerSegment>> segments;  // that the addresses lie in
+    std::uint64_t kept_nbytes = 0;  // about as much memory as its description takes here
 };
 ShmPool decode_shm_pool(std::span<const std::byte> raw, const PeerSegments& segments);
 

@@ -184,6 +184,11 @@ std::uint64_t PoolShape::piece_nbytes(std::uint32_t layer, Heads heads) const {
     return pattern(layer, heads)->nbytes;
 }
 
+std::uint64_t PoolShape::cached_segments() const {
+    const std::lock_guard lock(mutex_);
+    return cached_segments_;
+}
+
 Extent PoolShape::extent(std::uint32_t layer, std::uint32_t part) const {
     const Layer& of = layers_.at(layer);
     return part_extent(of.parts.at(part), groups_[of.group].num_blocks);

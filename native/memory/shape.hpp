@@ -103,6 +103,8 @@ class PoolShape {
     // kMaxSegments.
     std::shared_ptr<const Pattern> pattern(std::uint32_t layer, Heads heads) const;
     std::uint64_t piece_nbytes(std::uint32_t layer, Heads heads) const;
+    // Of all patterns that are cached now.
+    std::uint64_t cached_segments() const;
 
     // The addresses that any block of this part may touch.
     Extent extent(std::uint32_t layer, std::uint32_t part) const;
