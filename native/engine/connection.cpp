@@ -341,6 +341,8 @@ void Connection::complete(const protocol::TransferPtr& transfer) {
     auto& handle = static_cast<TransferHandle&>(*transfer);
     engine_.release(handle);
     handle.loan = nullptr;
+    handle.found = nullptr;  // the peer's memory doesn't stay mapped for who keeps the handle
+    handle.location = {};
     handle.block_pool()->unuse();
     if (handle.grant) {  // the peer's operation, counted there
         engine_.grants().served(handle, reader());
