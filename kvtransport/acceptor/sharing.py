@@ -42,10 +42,10 @@ def why_not(found: Found, ours: Reachability, own_features: tuple[str, ...]) -> 
         return "not among the peer's backends", ""
     if not ours.boot_id or theirs.boot_id != ours.boot_id:
         return "the peer is on another host", ""
+    if not (found.proof and found.proof.by_file) and not same_network(ours, theirs):
+        return "the peer is in another network namespace", _MOUNT
     if found.proof is None or found.proof.uid != ours.uid or found.proof.uid != theirs.uid:
         return "the peer isn't proved to be the same user", "run both ends as one user, without insecure=True"
-    if not found.proof.by_file and not same_network(ours, theirs):
-        return "the peer is in another network namespace", _MOUNT
     return "", ""
 
 
