@@ -6,6 +6,7 @@ Here: the handshake of a raw socket, frames of the wire as bytes. Not here: what
 import os
 import socket
 import struct
+from typing import Any
 
 from kvtransport._native import crc32c
 from kvtransport.protocol import messages
@@ -24,7 +25,8 @@ class Hostile:
 
     capabilities = 0
 
-    def __init__(self, where: str) -> None:
+    def __init__(self, where: str, **told: Any) -> None:
+        """told: more of what it says of itself, as fields of HELLO."""
         host, _, port = where.rpartition(":")
         self._place = (host, int(port))
         self.control = self.dial()
@@ -36,8 +38,9 @@ class Hostile:
             protection="digest",
             lanes=1,
             chunk_nbytes=65536,
-            reachability=Reachability(),
             capabilities=self.capabilities,
+            reachability=told.pop("reachability", Reachability()),
+            **told,
         )
         self.incarnation = hello.incarnation
         self.session_id = self._greet(hello)
