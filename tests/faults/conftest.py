@@ -13,6 +13,19 @@ def tcp():
     harness.close()
 
 
+@pytest.fixture(scope="session")
+def shm():
+    harness = Through("shm", "127.0.0.1:0", config={"backends": ["shm", "tcp"]})
+    yield harness
+    harness.close()
+
+
+@pytest.fixture(params=["tcp", "shm"])
+def way(request):
+    """Each way between two processes of a host, for what doesn't need bytes on a lane."""
+    return request.getfixturevalue(request.param)
+
+
 @pytest.fixture
 def far():
     """Make processes with an endpoint each, that the test connects itself."""

@@ -18,6 +18,7 @@ from kvtransport.testing.harness import Harness, Rig
 from kvtransport.testing.side import LocalSide, Side
 from tests.faults.keeper import Keeper
 from tests.faults.proxy import Fault, Proxy
+from tests.waiting import until
 
 CHUNK = 65536
 HEADER, TRAILER = 64, 16
@@ -33,7 +34,7 @@ ROUNDS = 5
 
 @dataclass
 class Through(Harness):
-    """TCP with a process; `faults`, if any, happen in a proxy that this side dials."""
+    """TCP with a process, or memory shared beside it; `faults`, if any, happen in a proxy that this side dials."""
 
     faults: tuple[Fault, ...] = ()
     proxy: Proxy | None = None
@@ -44,6 +45,8 @@ class Through(Harness):
         self.faults = faults
         try:
             with self.rig(**{"lanes": 1, "chunk_nbytes": CHUNK, **config}) as rig:
+                if "shm" in self.config.get("backends", ()):
+                    until(lambda: rig.here.actor.connection.shared()[0] == "up")
                 yield rig
         finally:
             if self.proxy is not None:

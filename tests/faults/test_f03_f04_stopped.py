@@ -62,8 +62,8 @@ def test_f03_sender_stopped(tcp):
         check_untouched(here)
 
 
-def test_f03_receiver_stopped(tcp):
-    with tcp.linked() as rig:
+def test_f03_receiver_stopped(way):
+    with way.linked() as rig:
         peer, here = rig.process(), rig.here
         here.pool("of", OF)
         peer.pool("to", TO)

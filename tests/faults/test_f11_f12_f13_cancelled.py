@@ -124,11 +124,11 @@ def test_f11_source_may_rewrite_once_it_is_told(tcp):
 
 
 @pytest.mark.parametrize("how", ["cancel", "gate fails", "refuse"])
-def test_f12_source_aborts(tcp, how):
+def test_f12_source_aborts(way, how):
     """The destination knows within 100 ms, not after its timeout, and why."""
     took = []
     for _ in range(ROUNDS):
-        with tcp.linked() as rig:
+        with way.linked() as rig:
             abort(rig.peer, rig.here, how, took)
     check_median(took, 0, KNOWN_S)
 
@@ -161,9 +161,9 @@ def abort(peer, here, how, took):
 
 
 @pytest.mark.parametrize("how", ["cancel", "gate fails"])
-def test_f12_source_gives_up_before_the_match(tcp, how):
+def test_f12_source_gives_up_before_the_match(way, how):
     """It leaves nothing at the destination, whose user may mean another send: `refuse` is the word for that."""
-    with tcp.linked() as rig:
+    with way.linked() as rig:
         peer, here = rig.peer, rig.here
         here.pool("to", TO)
         peer.pool("of", OF)
@@ -209,11 +209,11 @@ def race(rig, n: int, by_source: bool, we_receive: bool, size: Blocks) -> tuple[
 
 @pytest.mark.parametrize("by_source", [True, False], ids=["by the source", "by the destination"])
 @pytest.mark.parametrize("we_receive", [True, False], ids=["we receive", "we send"])
-def test_f13_cancel_races_completion(tcp, by_source, we_receive):
+def test_f13_cancel_races_completion(way, by_source, we_receive):
     """Never success at the source and not at the destination; with the link up both sides say the same."""
     size = Blocks(4, 20_000)
     seen = set()
-    with tcp.linked() as rig:
+    with way.linked() as rig:
         for side, pool in (
             ((rig.peer, "of"), (rig.here, "to"))
             if we_receive
@@ -230,10 +230,10 @@ def test_f13_cancel_races_completion(tcp, by_source, we_receive):
     assert (True, True) in seen
 
 
-def test_f13_the_link_dies_around_the_end(tcp):
+def test_f13_the_link_dies_around_the_end(way):
     """The destination has sealed, its DONE is lost with the link: the source doesn't know, and says so."""
     held = Fault("control", "up", None, "hold")
-    with tcp.linked(held) as rig:
+    with way.linked(held) as rig:
         peer, here = rig.peer, rig.here
         here.pool("to", TO)
         peer.pool("of", OF)
@@ -245,7 +245,7 @@ def test_f13_the_link_dies_around_the_end(tcp):
         assert held.reached.wait(20)  # by a PING
         peer.mark("g", 0)
         assert here.result("t")["nbytes"] == len(IDS) * CHUNK
-        tcp.proxy.cut()
+        way.proxy.cut()
         error = peer.error("t")
         assert type(error) is PeerLost
         assert error.delivered is None
