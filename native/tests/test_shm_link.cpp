@@ -178,12 +178,11 @@ TEST_CASE("F14, F15: what is copied after the loan's end is stale, whoever has t
 TEST_CASE("F24: plain memory that has been given back is stale, not a fault") {
     Links links;
     std::shared_ptr<protocol::Loan> loan;
-    Bytes where;
+    Into to(64 << 20, {});  // which was there before: its memory isn't where the other's was
     {
         const Memory large(64 << 20, false);  // malloc gives that back to the system
-        where = located(links, large, loan);
+        to.location = located(links, large, loan);
     }
-    Into to(64 << 20, where);
     CHECK(links.sink.link->copy(to, {32 << 20, 33 << 20}) == Copied::stale);
 }
 
