@@ -59,7 +59,7 @@ def test_with_a_shared_directory_memory_is_shared(two, tmp_path):
     for side in two:
         told = side.call("explain")
         assert "host memory: shm" in told
-        assert "doesn't see this process in its pid namespace" in told
+        assert "it is in another pid namespace" in told
         assert "allocate it with Endpoint.allocate" in told
 
 
