@@ -154,22 +154,16 @@ class Connection(Standing):
         The handle raises PermissionDenied (no such grant for us, or not these blocks), StaleGrant (it was ours and
         has ended: never data of a block that may have been rewritten), LayoutMismatch, and what `recv_blocks` raises.
         """
-        raw, limits = raw_of(token), (stall_timeout_s, _total(timeout_s))
-        use = (raw, subset, wait_grant_s)
-        return self._post_by_token(
-            self._session.post_read,
-            token,
-            pool,
-            block_ids,
-            use,
-            layers,
-            heads,
-            src_heads,
-            limits,
-            stream,
-            queue,
-            tag,
+        own = (
+            raw_of(token),
+            subset,
+            wait_grant_s,
+            _peer_slice(src_heads),
+            stall_timeout_s,
+            _total(timeout_s),
         )
+        post = self._session.post_read
+        return self._post(post, pool, block_ids, token, layers, heads, own, stream, queue, tag, by_token=True)
 
     def write_blocks(
         self,
@@ -198,22 +192,10 @@ class Connection(Standing):
         The rest, and what the handle raises: as `read_blocks`. Our blocks must not be rewritten before it is done.
         """
         gate = None if after is None else self._gate(after, pool)
-        raw, limits = raw_of(token), (gate, stall_timeout_s, _total(timeout_s), meta)
-        use = (raw, subset, wait_grant_s)
-        return self._post_by_token(
-            self._session.post_write,
-            token,
-            pool,
-            block_ids,
-            use,
-            layers,
-            heads,
-            dst_heads,
-            limits,
-            stream,
-            queue,
-            tag,
-        )
+        use = (raw_of(token), subset, wait_grant_s, _peer_slice(dst_heads))
+        own = (*use, gate, stall_timeout_s, _total(timeout_s), meta)
+        post = self._session.post_write
+        return self._post(post, pool, block_ids, token, layers, heads, own, stream, queue, tag, by_token=True)
 
     def hold(
         self,
@@ -333,8 +315,13 @@ class Connection(Standing):
         stream: object,
         queue: CompletionQueue | None,
         tag: object,
+        *,
+        by_token: bool = False,
     ) -> Transfer:
-        """Make one native call: the session's `post`, with `own` in the middle of its arguments."""
+        """Make one native call: the session's `post`, with `own` in the middle of its arguments.
+
+        key: the name of the transfer; `by_token`: it is a grant's token.
+        """
         if stream is not None:
             raise self._named(no_streams())
         _require_queue(queue)
@@ -344,47 +331,13 @@ class Connection(Standing):
             slice_ = pool.head_slice(heads, index)
             if queue is None:
                 native = post(pool.native, block_ids, key, index, slice_, *own, None, 0)
-                return Transfer(native, self._endpoint.bridges, pool, key, tag)
+                return Transfer(native, self._endpoint.bridges, pool, key, tag, by_token=by_token)
             tag_id = queue.next_id()
             native = post(pool.native, block_ids, key, index, slice_, *own, queue.native, tag_id)
         except KVTransportError as error:
             raise self._named(error) from None
-        transfer = Transfer(native, self._endpoint.bridges, pool, key, tag)
+        transfer = Transfer(native, self._endpoint.bridges, pool, key, tag, by_token=by_token)
         queue.entered(tag_id, transfer)
-        return transfer
-
-    def _post_by_token(
-        self,
-        post: Callable[..., _native.Transfer],
-        token: str,
-        pool: BlockPool,
-        block_ids: BlockIds,
-        use: tuple[bytes, BlockIds | None, float],
-        layers: Iterable[LayerName] | None,
-        heads: Heads,
-        peer_heads: Heads,
-        own: tuple[object, ...],
-        stream: object,
-        queue: CompletionQueue | None,
-        tag: object,
-    ) -> Transfer:
-        """Make one native call, as `_post`. `use`: the token's bytes, the subset, the wait."""
-        if stream is not None:
-            raise self._named(no_streams())
-        _require_queue(queue)
-        try:
-            self._check(pool)
-            index = pool.layer_indices(layers)
-            mine, theirs = pool.head_slice(heads, index), _peer_slice(peer_heads)
-            tag_id, native_queue = (0, None) if queue is None else (queue.next_id(), queue.native)
-            native = post(
-                pool.native, block_ids, token, *use, index, mine, theirs, *own, native_queue, tag_id
-            )
-        except KVTransportError as error:
-            raise self._named(error) from None
-        transfer = Transfer(native, self._endpoint.bridges, pool, token, tag, by_token=True)
-        if queue is not None:
-            queue.entered(tag_id, transfer)
         return transfer
 
     def _gate(self, gate: object, pool: BlockPool) -> _native.Gate:

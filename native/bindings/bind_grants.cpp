@@ -78,77 +78,52 @@ std::shared_ptr<protocol::GrantUse> to_use(const Use& from, const engine::PostAr
     return use;
 }
 
-PyTransfer post(PySession& self, protocol::Role role, PyPool& pool, nb::handle ids, nb::handle key,
-                const Use& use, std::optional<std::vector<std::uint32_t>> layers, nb::object heads,
-                PyGate* gate, double stall_s, double total_s, nb::bytes meta, PyQueue* queue,
-                std::uint64_t tag) {
-    require_alive(*self.engine);
-    if (pool.engine != self.engine) {
-        throw nb::value_error("the pool was registered with another Endpoint than this connection's");
-    }
-    if (role == protocol::Role::destination && !pool.pool->writable()) {
-        throw nb::value_error("the pool is read-only: it can be sent from, not received into");
-    }
-    engine::PostArgs args;
-    args.role = role;
-    args.pool = pool.pool;
-    args.ids = in_python([&] { return to_ids(ids, *pool.pool->shape()); });
-    args.key = to_key(key, args.key_is_text);
+PyTransfer post(PySession& self, Post common, PyPool& pool, const Use& use, double stall_s, double total_s) {
+    engine::PostArgs args = to_args(self, pool, std::move(common));
     args.use = to_use(use, args, *pool.pool->shape());
-    args.layers = std::move(layers);
-    if (!heads.is_none()) {
-        const auto slice = nb::cast<nb::tuple>(heads);
-        args.heads = {nb::cast<std::uint32_t>(slice[0]), nb::cast<std::uint32_t>(slice[1]), false};
-    }
-    args.meta.assign(meta.c_str(), meta.size());
-    if (gate != nullptr) {
-        require_own(gate->generation);
-        args.gate = gate->gate;
-    }
     const protocol::Time stall = duration("stall_timeout_s", stall_s, false);
     const protocol::Time wait = protocol::Time{args.use->wait_ms} * 1'000'000;
     // The peer's engine answers by itself, when the wait is over at the latest.
     const protocol::Time match = stall > protocol::kNever - wait ? protocol::kNever : stall + wait;
     args.limits = {match, stall, duration("timeout_s", total_s, true)};
-    args.queue = queue_of(queue);
-    args.tag = tag;
     auto handle = translate([&] { return self.connection->post(std::move(args)); });
-    return {self.engine, std::move(handle), nullptr, nullptr, nullptr};
+    return {self.engine, std::move(handle)};
 }
 
 void bind_uses(nb::class_<PySession> session) {
     session
         .def(
             "post_read",
-            [](PySession& self, PyPool& pool, nb::handle ids, nb::handle key, nb::bytes token,
-               nb::object subset, double wait_s, std::optional<std::vector<std::uint32_t>> layers,
-               nb::object heads, nb::object src_heads, double stall, double total, PyQueue* queue,
-               std::uint64_t tag) {
-                return post(self, protocol::Role::destination, pool, ids, key,
-                            {std::move(token), std::move(subset), std::move(src_heads), wait_s},
-                            std::move(layers), std::move(heads), nullptr, stall, total, nb::bytes("", 0),
-                            queue, tag);
+            [](PySession& self, PyPool& pool, nb::handle ids, nb::handle key,
+               std::optional<std::vector<std::uint32_t>> layers, nb::object heads, nb::bytes token,
+               nb::object subset, double wait_s, nb::object src_heads, double stall, double total,
+               PyQueue* queue, std::uint64_t tag) {
+                return post(self,
+                            {protocol::Role::destination, ids, key, std::move(layers), std::move(heads),
+                             nullptr, nb::bytes("", 0), queue, tag},
+                            pool, {std::move(token), std::move(subset), std::move(src_heads), wait_s}, stall,
+                            total);
             },
-            nb::arg("pool"), nb::arg("ids").none(), nb::arg("key").none(), nb::arg("token"),
-            nb::arg("subset").none(), nb::arg("wait_grant_s"), nb::arg("layers").none(),
-            nb::arg("heads").none(), nb::arg("src_heads").none(), nb::arg("stall_timeout_s"),
-            nb::arg("timeout_s"), nb::arg("queue").none(), nb::arg("handle_id"))
+            nb::arg("pool"), nb::arg("ids").none(), nb::arg("key").none(), nb::arg("layers").none(),
+            nb::arg("heads").none(), nb::arg("token"), nb::arg("subset").none(), nb::arg("wait_grant_s"),
+            nb::arg("src_heads").none(), nb::arg("stall_timeout_s"), nb::arg("timeout_s"),
+            nb::arg("queue").none(), nb::arg("handle_id"))
         .def(
             "post_write",
-            [](PySession& self, PyPool& pool, nb::handle ids, nb::handle key, nb::bytes token,
-               nb::object subset, double wait_s, std::optional<std::vector<std::uint32_t>> layers,
-               nb::object heads, nb::object dst_heads, PyGate* gate, double stall, double total,
-               nb::bytes meta, PyQueue* queue, std::uint64_t tag) {
-                return post(self, protocol::Role::source, pool, ids, key,
-                            {std::move(token), std::move(subset), std::move(dst_heads), wait_s},
-                            std::move(layers), std::move(heads), gate, stall, total, std::move(meta), queue,
-                            tag);
+            [](PySession& self, PyPool& pool, nb::handle ids, nb::handle key,
+               std::optional<std::vector<std::uint32_t>> layers, nb::object heads, nb::bytes token,
+               nb::object subset, double wait_s, nb::object dst_heads, PyGate* gate, double stall,
+               double total, nb::bytes meta, PyQueue* queue, std::uint64_t tag) {
+                return post(self,
+                            {protocol::Role::source, ids, key, std::move(layers), std::move(heads), gate,
+                             std::move(meta), queue, tag},
+                            pool, {std::move(token), std::move(subset), std::move(dst_heads), wait_s}, stall,
+                            total);
             },
-            nb::arg("pool"), nb::arg("ids").none(), nb::arg("key").none(), nb::arg("token"),
-            nb::arg("subset").none(), nb::arg("wait_grant_s"), nb::arg("layers").none(),
-            nb::arg("heads").none(), nb::arg("dst_heads").none(), nb::arg("gate").none(),
-            nb::arg("stall_timeout_s"), nb::arg("timeout_s"), nb::arg("meta"), nb::arg("queue").none(),
-            nb::arg("handle_id"));
+            nb::arg("pool"), nb::arg("ids").none(), nb::arg("key").none(), nb::arg("layers").none(),
+            nb::arg("heads").none(), nb::arg("token"), nb::arg("subset").none(), nb::arg("wait_grant_s"),
+            nb::arg("dst_heads").none(), nb::arg("gate").none(), nb::arg("stall_timeout_s"),
+            nb::arg("timeout_s"), nb::arg("meta"), nb::arg("queue").none(), nb::arg("handle_id"));
 }
 
 void bind_leases(nb::class_<PySession> session) {

@@ -22,47 +22,50 @@ protocol::Time duration(const char* name, double seconds, bool may_be_none) {
     return seconds > 1e9 ? protocol::kNever : static_cast<protocol::Time>(seconds * 1e9);
 }
 
+engine::PostArgs to_args(PySession& self, PyPool& pool, Post from) {
+    require_alive(*self.engine);
+    if (pool.engine != self.engine) {  // its id and its claims on bytes mean something else here
+        throw nb::value_error("the pool was registered with another Endpoint than this connection's");
+    }
+    if (from.role == protocol::Role::destination && !pool.pool->writable()) {
+        throw nb::value_error("the pool is read-only: it can be sent from, not received into");
+    }
+    engine::PostArgs args;
+    args.role = from.role;
+    args.pool = pool.pool;
+    args.ids = in_python([&] { return to_ids(from.ids, *pool.pool->shape()); });
+    args.key = to_key(from.key, args.key_is_text);
+    args.layers = std::move(from.layers);
+    if (!from.heads.is_none()) {
+        const auto slice = nb::cast<nb::tuple>(from.heads);
+        args.heads = {nb::cast<std::uint32_t>(slice[0]), nb::cast<std::uint32_t>(slice[1]), false};
+    }
+    args.meta.assign(from.meta.c_str(), from.meta.size());
+    if (from.gate != nullptr) {
+        require_own(from.gate->generation);
+        args.gate = from.gate->gate;
+    }
+    if (from.queue != nullptr) {
+        require_own(from.queue->generation);
+        args.queue = from.queue->queue;
+    }
+    args.tag = from.tag;
+    return args;
+}
+
 namespace {
 
 struct Timeouts {
     double match, stall, total;
 };
 
-PyTransfer post(PySession& self, protocol::Role role, PyPool& pool, nb::handle ids, nb::handle key,
-                std::optional<std::vector<std::uint32_t>> layers, nb::object heads, PyGate* gate,
-                Timeouts timeouts, nb::bytes meta, PyQueue* queue, std::uint64_t tag) {
-    require_alive(*self.engine);
-    if (pool.engine != self.engine) {  // its id and its claims on bytes mean something else here
-        throw nb::value_error("the pool was registered with another Endpoint than this connection's");
-    }
-    if (role == protocol::Role::destination && !pool.pool->writable()) {
-        throw nb::value_error("the pool is read-only: it can be sent from, not received into");
-    }
-    engine::PostArgs args;
-    args.role = role;
-    args.pool = pool.pool;
-    args.ids = in_python([&] { return to_ids(ids, *pool.pool->shape()); });
-    args.key = to_key(key, args.key_is_text);
-    args.layers = std::move(layers);
-    if (!heads.is_none()) {
-        const auto slice = nb::cast<nb::tuple>(heads);
-        args.heads = {nb::cast<std::uint32_t>(slice[0]), nb::cast<std::uint32_t>(slice[1]), false};
-    }
-    args.meta.assign(meta.c_str(), meta.size());
-    if (gate != nullptr) {
-        require_own(gate->generation);
-        args.gate = gate->gate;
-    }
+PyTransfer post(PySession& self, Post common, PyPool& pool, Timeouts timeouts) {
+    engine::PostArgs args = to_args(self, pool, std::move(common));
     args.limits = {duration("match_timeout_s", timeouts.match, false),
                    duration("stall_timeout_s", timeouts.stall, false),
                    duration("timeout_s", timeouts.total, true)};
-    if (queue != nullptr) {
-        require_own(queue->generation);
-        args.queue = queue->queue;
-    }
-    args.tag = tag;
     auto handle = translate([&] { return self.connection->post(std::move(args)); });
-    return {self.engine, std::move(handle), nullptr};
+    return {self.engine, std::move(handle)};
 }
 
 PyTransfer post_message(PySession& self, nb::bytes data, PyTransfer* after, PyQueue* queue,
@@ -182,8 +185,10 @@ void bind_posts(nb::class_<PySession>& session) {
             [](PySession& self, PyPool& pool, nb::handle ids, nb::handle key,
                std::optional<std::vector<std::uint32_t>> layers, nb::object heads, PyGate* gate, double match,
                double stall, double total, nb::bytes meta, PyQueue* queue, std::uint64_t tag) {
-                return post(self, protocol::Role::source, pool, ids, key, std::move(layers), std::move(heads),
-                            gate, {match, stall, total}, std::move(meta), queue, tag);
+                return post(self,
+                            {protocol::Role::source, ids, key, std::move(layers), std::move(heads), gate,
+                             std::move(meta), queue, tag},
+                            pool, {match, stall, total});
             },
             nb::arg("pool"), nb::arg("ids").none(), nb::arg("key").none(), nb::arg("layers").none(),
             nb::arg("heads").none(), nb::arg("gate").none(), nb::arg("match_timeout_s"),
@@ -194,8 +199,10 @@ void bind_posts(nb::class_<PySession>& session) {
             [](PySession& self, PyPool& pool, nb::handle ids, nb::handle key,
                std::optional<std::vector<std::uint32_t>> layers, nb::object heads, double match, double stall,
                double total, nb::bytes meta, PyQueue* queue, std::uint64_t tag) {
-                return post(self, protocol::Role::destination, pool, ids, key, std::move(layers),
-                            std::move(heads), nullptr, {match, stall, total}, std::move(meta), queue, tag);
+                return post(self,
+                            {protocol::Role::destination, ids, key, std::move(layers), std::move(heads),
+                             nullptr, std::move(meta), queue, tag},
+                            pool, {match, stall, total});
             },
             nb::arg("pool"), nb::arg("ids").none(), nb::arg("key").none(), nb::arg("layers").none(),
             nb::arg("heads").none(), nb::arg("match_timeout_s"), nb::arg("stall_timeout_s"),

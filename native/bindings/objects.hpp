@@ -7,7 +7,9 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
+#include <vector>
 
 #include "base/fd.hpp"
 #include "bindings/interpreter.hpp"
@@ -82,6 +84,20 @@ struct PyEngine {
 
 /// A limit of a transfer, from seconds; negative means none where `may_be_none`.
 protocol::Time duration(const char* name, double seconds, bool may_be_none);
+
+/// What all posts of transfers have, as Python gives it.
+struct Post {
+    protocol::Role role;
+    nanobind::handle ids, key;
+    std::optional<std::vector<std::uint32_t>> layers;
+    nanobind::object heads;
+    PyGate* gate;
+    nanobind::bytes meta;
+    PyQueue* queue;
+    std::uint64_t tag;
+};
+/// With everything but limits. Raises what the call's misuse is.
+engine::PostArgs to_args(PySession& self, PyPool& pool, Post from);
 
 /// Nanoseconds from now, as a point of the monotonic clock; negative seconds: never.
 std::int64_t until_of(double seconds) noexcept;
