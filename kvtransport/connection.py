@@ -154,16 +154,20 @@ class Connection(Standing):
         The handle raises PermissionDenied (no such grant for us, or not these blocks), StaleGrant (it was ours and
         has ended: never data of a block that may have been rewritten), LayoutMismatch, and what `recv_blocks` raises.
         """
-        own = (
-            raw_of(token),
-            subset,
-            wait_grant_s,
-            _peer_slice(src_heads),
-            stall_timeout_s,
-            _total(timeout_s),
-        )
+        theirs = None if src_heads is None else _peer_slice(src_heads)
+        total = -1.0 if timeout_s is None else _total(timeout_s)
+        own = (raw_of(token), subset, wait_grant_s, theirs, stall_timeout_s, total)
         post = self._session.post_read
-        return self._post(post, pool, block_ids, token, layers, heads, own, stream, queue, tag, by_token=True)
+        if layers is not None or heads is not None or stream is not None or queue is not None:
+            return self._post(post, pool, block_ids, token, layers, heads, own, stream, queue, tag, True)
+        try:  # the same, of the least: a small read takes some 2 us in all, and a frame is felt
+            if self._error is not None or type(pool) is not BlockPool:
+                self._check(pool)
+            pool.check()
+            native = post(pool.native, block_ids, token, None, None, *own, None, 0)
+        except KVTransportError as error:
+            raise self._named(error) from None
+        return Transfer(native, self._bridges, pool, token, tag, True)
 
     def write_blocks(
         self,
@@ -195,7 +199,7 @@ class Connection(Standing):
         use = (raw_of(token), subset, wait_grant_s, _peer_slice(dst_heads))
         own = (*use, gate, stall_timeout_s, _total(timeout_s), meta)
         post = self._session.post_write
-        return self._post(post, pool, block_ids, token, layers, heads, own, stream, queue, tag, by_token=True)
+        return self._post(post, pool, block_ids, token, layers, heads, own, stream, queue, tag, True)
 
     def hold(
         self,
@@ -216,7 +220,7 @@ class Connection(Standing):
             native = self._session.hold(raw, wait_grant_s, None if queue is None else queue.native, tag_id)
         except KVTransportError as error:
             raise self._named(error) from None
-        lease = Lease(native, self._endpoint.bridges, token, tag)
+        lease = Lease(native, self._bridges, token, tag)
         if queue is not None:
             queue.entered(tag_id, lease)
         return lease
@@ -251,7 +255,7 @@ class Connection(Standing):
             )
         except KVTransportError as error:
             raise self._named(error) from None
-        message = SentMessage(native, self._endpoint.bridges, tag)
+        message = SentMessage(native, self._bridges, tag)
         if queue is not None:
             queue.entered(tag_id, message)
         return message
@@ -315,7 +319,6 @@ class Connection(Standing):
         stream: object,
         queue: CompletionQueue | None,
         tag: object,
-        *,
         by_token: bool = False,
     ) -> Transfer:
         """Make one native call: the session's `post`, with `own` in the middle of its arguments.
@@ -324,19 +327,20 @@ class Connection(Standing):
         """
         if stream is not None:
             raise self._named(no_streams())
-        _require_queue(queue)
+        if queue is not None:
+            _require_queue(queue)
         try:
             self._check(pool)
-            index = pool.layer_indices(layers)
-            slice_ = pool.head_slice(heads, index)
+            index = None if layers is None else pool.layer_indices(layers)
+            slice_ = None if heads is None else pool.head_slice(heads, index)
             if queue is None:
                 native = post(pool.native, block_ids, key, index, slice_, *own, None, 0)
-                return Transfer(native, self._endpoint.bridges, pool, key, tag, by_token=by_token)
+                return Transfer(native, self._bridges, pool, key, tag, by_token)
             tag_id = queue.next_id()
             native = post(pool.native, block_ids, key, index, slice_, *own, queue.native, tag_id)
         except KVTransportError as error:
             raise self._named(error) from None
-        transfer = Transfer(native, self._endpoint.bridges, pool, key, tag, by_token=by_token)
+        transfer = Transfer(native, self._bridges, pool, key, tag, by_token)
         queue.entered(tag_id, transfer)
         return transfer
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import functools
 import os
 from types import TracebackType
 from typing import TYPE_CHECKING, Final
@@ -42,6 +43,7 @@ def text_of(raw: bytes) -> str:
     return base64.urlsafe_b64encode(raw).rstrip(b"=").decode()
 
 
+@functools.lru_cache(maxsize=1024)  # a token that is read again and again is decoded once
 def raw_of(token: str) -> bytes:
     """Return the 16 bytes of a token. TypeError, ValueError for what isn't one."""
     if not isinstance(token, str):

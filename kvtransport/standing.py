@@ -40,6 +40,7 @@ class Standing:
         """For Endpoint. Without a session: posts are kept until `_attach`."""
         self.peer = peer
         self._endpoint = endpoint
+        self._bridges = endpoint.bridges
         self._backend_name = backend_name
         self._lock = threading.Lock()
         self._error: KVTransportError | None = None

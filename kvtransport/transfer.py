@@ -19,7 +19,7 @@ from kvtransport import _native
 from kvtransport.completion import LoopBridge, LoopBridges
 from kvtransport.errors import BackendUnavailable, ForkedProcessError, LocalProtocolError, WaitTimeout
 from kvtransport.memory.pool import BlockPool
-from kvtransport.seconds import to_wait
+from kvtransport.seconds import FOREVER, to_wait
 from kvtransport.types import LayerName, TransferResult, TransferState
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 Outcome = TypeVar("Outcome")
+_tuple_of = tuple.__new__  # what TransferResult._make does, without its frame
 
 
 class Handle(abc.ABC, Generic[Outcome]):
@@ -54,7 +55,7 @@ class Handle(abc.ABC, Generic[Outcome]):
         timeout: seconds; None: as long as it takes (its own limits bound that). WaitTimeout if it hasn't ended
         by then: it goes on, and may be asked again.
         """
-        if not self.native.wait(to_wait(timeout)):
+        if not self.native.wait(FOREVER if timeout is None else to_wait(timeout)):
             raise WaitTimeout(f"not done after {timeout} s; it goes on")
         return self._finished()
 
@@ -92,7 +93,7 @@ class Transfer(Handle[TransferResult]):
     PeerLost, ConnectionClosed, RemoteProtocolError, ResourceLimit; each says what became of the blocks.
     """
 
-    __slots__ = ("_pool", "_shown", "key")
+    __slots__ = ("_by_token", "_pool", "key")
 
     def __init__(
         self,
@@ -101,15 +102,14 @@ class Transfer(Handle[TransferResult]):
         pool: BlockPool,
         key: str | bytes,
         tag: object,
-        *,
         by_token: bool = False,
     ) -> None:
-        """For Connection."""
-        super().__init__(native, bridges, tag)
+        """For Connection. One per post, so that it is worth sparing the base class's call."""
+        self.native = native
+        self.tag = tag
+        self._bridges = bridges
         self.key = key
-        self._shown = (
-            f"{str(key)[:6]}..." if by_token else repr(key)
-        )  # whoever has the whole token may use it
+        self._by_token = by_token
         self._pool = pool
 
     @property
@@ -152,15 +152,17 @@ class Transfer(Handle[TransferResult]):
     def _finished(self) -> TransferResult:
         outcome = self.native.result()
         assert outcome is not None  # for the type checker: transfers have one, messages haven't
-        return TransferResult(*outcome)
+        return _tuple_of(TransferResult, outcome)
 
     def __repr__(self) -> str:
         """Key, state and progress."""
+        # Whoever has the whole of a token may use it.
+        shown = f"{str(self.key)[:6]}..." if self._by_token else repr(self.key)
         try:
             landed, total = self.progress()
         except ForkedProcessError:
-            return f"<Transfer {self._shown} of another process>"
-        return f"<Transfer {self._shown} {self.state} {landed}/{total} B>"
+            return f"<Transfer {shown} of another process>"
+        return f"<Transfer {shown} {self.state} {landed}/{total} B>"
 
 
 class SentMessage(Handle[None]):

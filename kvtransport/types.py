@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 if TYPE_CHECKING:
     import numpy as np
@@ -45,8 +45,7 @@ Array: TypeAlias = Any
 """A torch tensor, numpy or cupy array, or anything with DLPack or the buffer protocol. None is imported."""
 
 
-@dataclass(frozen=True, slots=True)
-class TransferResult:
+class TransferResult(NamedTuple):
     """What a finished transfer did, as seen by this side.
 
     Fields:

@@ -131,12 +131,13 @@ class BlockPool:
         """Raise LocalProtocolError where the pool is closed, or an array was resized. For every post."""
         if self._closed:
             raise LocalProtocolError(f"{self!r} is closed; register its arrays again to use them")
-        moved = self._watch.moved()
-        if moved is not None:
-            raise LocalProtocolError(
-                f"layer {moved!r} of {self!r}: its array was resized or re-seated since it was registered, "
-                "its blocks are not where the pool says; close the pool and register the array again"
-            )
+        for ask, answer in self._watch.questions:
+            if ask() != answer:
+                raise LocalProtocolError(
+                    f"layer {self._watch.moved()!r} of {self!r}: its array was resized or re-seated since it "
+                    "was registered, its blocks are not where the pool says; close the pool and register the "
+                    "array again"
+                )
 
     def grant(
         self,

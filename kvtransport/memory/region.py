@@ -134,19 +134,19 @@ class Region:
 
 
 class Watch:
-    """Tells which of many sources has moved; with none, 61 layers cost some microseconds."""
+    """Tells which of many sources has moved; to ask of 61 layers costs some microseconds."""
 
     def __init__(self, sources: Iterable[tuple[str, Source]]) -> None:
         """Take (name, source) pairs; a question that several sources share is asked once."""
         self._sources = list(sources)
         probes = {probe.key: probe for _, source in self._sources for probe in source.probes}
-        self._asks = [probe.ask for probe in probes.values()]
-        self._answers = [probe.answer for probe in probes.values()]
+        self.questions = [(probe.ask, probe.answer) for probe in probes.values()]
 
     def moved(self) -> str | None:
-        """Return the name of the first source that was resized or re-seated since registration, or None."""
-        if [ask() for ask in self._asks] == self._answers:
-            return None
+        """Return the name of the first source that was resized or re-seated since registration, or None.
+
+        It was if the answer to one of `questions`, each a call and what it returned then, is another now.
+        """
         return next((name for name, source in self._sources if source.moved()), None)
 
 

@@ -20,17 +20,55 @@
 
 namespace kvt::backends {
 
-/// A source's memory, for a path that tells the peer where it lies.
-struct SourceMemory {
-    const memory::StreamPlan& plan;
+/// A pool's memory, for a path that tells the peer where it lies.
+struct PoolMemory {
+    const std::shared_ptr<const memory::PoolShape>& shape;
     std::uint64_t pool;
     const std::vector<memory::SharedSegment>& segments;  // that the pool's memory may lie in
     bool mapped;                                         // all of it does
 };
 
+struct SourceMemory {
+    const memory::StreamPlan& plan;
+    PoolMemory pool;
+};
+
 struct Located {
     protocol::Bytes location;
     std::shared_ptr<protocol::Loan> loan;
+};
+
+/// What a grant opens, for a path that shows it to the peer.
+struct OpenGrant {
+    const protocol::Token& token;
+    PoolMemory pool;
+    const std::vector<memory::Ids>* blocks;  // by group; null: every block
+    bool counted;                            // it counts its readers
+};
+
+/// A grant that the peer may find by itself, until end().
+class Publication : public protocol::Loan {
+  public:
+    /// Nothing where it has ended before, or finds no room: then the peer asks.
+    virtual void publish(const OpenGrant& grant) = 0;
+};
+
+enum class Copied {
+    good,
+    stale,  // what was read may not be what was offered or granted
+    broke,  // there is no way to that memory any more
+};
+
+/// A grant of the peer's that was found so. Its owner may be lying: of what it says only `shape` is checked.
+struct FoundGrant {
+    virtual ~FoundGrant() = default;
+    std::shared_ptr<const memory::PoolShape> shape;  // of its pool, at addresses that copy() knows
+    std::shared_ptr<const protocol::PoolTerms> terms;
+    bool every_block = false;  // then `blocks` is empty
+    bool counted = false;
+    std::vector<memory::Ids> blocks;  // by group
+    /// Copies `from`, a stream of the grant's, to `to`, in the calling thread; while its path lives.
+    virtual Copied copy(const memory::StreamPlan& from, const memory::StreamPlan& to) const = 0;
 };
 
 /// The engine's side of the seam. Every member takes the session's lock itself; none may be called with a
@@ -104,6 +142,10 @@ class Path {
     /// Where the peer finds a source's stream, if it can copy it by itself; see protocol::Transfer::locate().
     /// Under the session's lock: it takes no lock of a host's and doesn't block.
     virtual std::optional<Located> locate(const SourceMemory&) { return std::nullopt; }
+    /// For a grant that is to be shown to the peer. Null: the peer asks. Takes no lock of a host's.
+    virtual std::shared_ptr<Publication> publication() { return nullptr; }
+    /// A grant that the peer shows to us; null: ask it. Throws protocol::Violation.
+    virtual std::shared_ptr<const FoundGrant> find_grant(const protocol::Token&) { return nullptr; }
     /// The pool is closed: nothing of it is told any more.
     virtual void forget_pool(std::uint64_t) {}
 

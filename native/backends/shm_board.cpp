@@ -15,10 +15,12 @@ namespace {
 constexpr std::uint64_t kMagic = 0x3130'6472'616f'626bULL;  // "kboard01" in memory
 constexpr auto kRelaxed = std::memory_order_relaxed;
 
-constexpr std::uint64_t kEveryBlock = 1;
+constexpr std::uint64_t kEveryBlock = 1, kGroupsMask = 7, kCounted = 1 << 4;
 
-constexpr std::uint64_t pack_what(std::uint32_t pool, bool every_block, std::uint64_t groups) {
-    return std::uint64_t{pool} << 32 | groups << 1 | (every_block ? kEveryBlock : 0);
+constexpr std::uint64_t pack_what(std::uint32_t pool, bool every_block, bool counted, std::uint64_t groups) {
+    static_assert(kGrantGroups <= kGroupsMask);
+    return std::uint64_t{pool} << 32 | (counted ? kCounted : 0) | groups << 1 |
+           (every_block ? kEveryBlock : 0);
 }
 
 constexpr std::uint64_t pack_group(std::uint16_t group, std::uint32_t begin, std::uint32_t count) {
@@ -93,7 +95,7 @@ void OwnBoard::end(GrantPlace place) noexcept {
 }
 
 std::optional<GrantPlace> OwnBoard::publish(const GrantToken& token, std::uint32_t pool,
-                                            std::span<const GroupIds> groups) {
+                                            std::span<const GroupIds> groups, bool counted) {
     std::uint64_t count = 0;
     for (const GroupIds& group : groups) {
         count += group.ids.size();
@@ -116,16 +118,17 @@ std::optional<GrantPlace> OwnBoard::publish(const GrantToken& token, std::uint32
             board.ids[at++].store(id, kRelaxed);
         }
     }
-    return fill(*slot, token, pack_what(pool, false, groups.size()));
+    return fill(*slot, token, pack_what(pool, false, counted, groups.size()));
 }
 
-std::optional<GrantPlace> OwnBoard::publish_every_block(const GrantToken& token, std::uint32_t pool) {
+std::optional<GrantPlace> OwnBoard::publish_every_block(const GrantToken& token, std::uint32_t pool,
+                                                        bool counted) {
     const auto slot = free_slot(token);
     if (!slot) {
         return std::nullopt;
     }
     std::atomic_thread_fence(std::memory_order_release);
-    return fill(*slot, token, pack_what(pool, true, 0));
+    return fill(*slot, token, pack_what(pool, true, counted, 0));
 }
 
 GrantPlace OwnBoard::fill(std::uint32_t index, const GrantToken& token, std::uint64_t what) noexcept {
@@ -228,7 +231,8 @@ bool PeerBoard::copy(std::uint32_t index, const GrantToken& token, GrantCopy& in
     const std::uint64_t what = slot.what.load(kRelaxed);
     into.pool = static_cast<std::uint32_t>(what >> 32);
     into.every_block = (what & kEveryBlock) != 0;
-    const std::uint64_t groups = (what & 0xffffffff) >> 1;
+    into.counted = (what & kCounted) != 0;
+    const std::uint64_t groups = what >> 1 & kGroupsMask;
     bool possible = groups <= kGrantGroups && !(into.every_block && groups > 0);
     std::uint64_t total = 0;
     for (std::uint64_t i = 0; possible && i < groups; ++i) {
@@ -253,6 +257,11 @@ bool PeerBoard::copy(std::uint32_t index, const GrantToken& token, GrantCopy& in
 bool PeerBoard::live(Guard guard) const {
     const auto& line = memory().guards[checked(guard.index, kBoardGuards)];
     return line.generation.load(std::memory_order_acquire) == guard.generation;
+}
+
+bool PeerBoard::live(GrantPlace place) const {
+    const auto& slot = memory().grants[checked(place.slot, kBoardGrants)];
+    return slot.generation.load(std::memory_order_acquire) == place.generation;
 }
 
 bool PeerBoard::still(Guard guard) const {

@@ -58,6 +58,7 @@ struct GrantCopy {
     GrantPlace place;
     std::uint32_t pool;
     bool every_block;  // of the pool; then there are no groups
+    bool counted;      // the owner counts its readers
     std::vector<Group> groups;
     std::vector<std::uint32_t> ids;
 };
@@ -75,7 +76,7 @@ struct BoardMemory {
     struct alignas(64) GrantSlot {
         std::atomic<std::uint64_t> generation;
         std::atomic<std::uint64_t> token[2];
-        std::atomic<std::uint64_t> what;                  // pool:32 | every block:1 | groups:3
+        std::atomic<std::uint64_t> what;                  // pool:32 | counted:1 | groups:3 | every block:1
         std::atomic<std::uint64_t> groups[kGrantGroups];  // group:16 | begin:24 | count:24
     };
     alignas(64) std::atomic<std::uint64_t> magic;
@@ -105,8 +106,9 @@ class OwnBoard {
     /// For blocks that are written by now. Nothing where it doesn't fit (too many groups or ids, no free slot
     /// near its token) or the token stands here already: then its readers must ask.
     std::optional<GrantPlace> publish(const GrantToken& token, std::uint32_t pool,
-                                      std::span<const GroupIds> groups);
-    std::optional<GrantPlace> publish_every_block(const GrantToken& token, std::uint32_t pool);
+                                      std::span<const GroupIds> groups, bool counted = false);
+    std::optional<GrantPlace> publish_every_block(const GrantToken& token, std::uint32_t pool,
+                                                  bool counted = false);
 
   private:
     struct IdRange {
@@ -134,6 +136,7 @@ class PeerBoard {
     bool find(const GrantToken& token, GrantCopy& into) const;
     /// Before copying: whether it is worth while.
     bool live(Guard guard) const;
+    bool live(GrantPlace place) const;
     /// After copying: whether what was copied is what was offered or granted. Violation: no such place.
     bool still(Guard guard) const;
     bool still(GrantPlace place) const;

@@ -270,6 +270,7 @@ void ShmLink::drop_pool(std::uint64_t id) {
         last = std::move(known->second);
         kept_nbytes_ -= last->kept_nbytes;
         peer_pools_.erase(known);
+        forget_found(last.get());
     }
 }
 
@@ -329,10 +330,10 @@ bool ShmLink::flush() {
 // ---- source
 
 // True: the peer has, or has in its socket, all that it needs to find the pool.
-bool ShmLink::announce(const SourceMemory& source) {
+bool ShmLink::announce(const PoolMemory& source) {
     const std::lock_guard lock(tx_mutex_);
     if (!told_pools_.contains(source.pool)) {
-        const protocol::Bytes shape = encode_shm_pool(*source.plan.shape(), source.segments);
+        const protocol::Bytes shape = encode_shm_pool(*source.shape, source.segments);
         auto& segments = segments_of_[source.pool];
         for (const auto& segment :
              shape[0] != std::byte{0} ? source.segments : std::vector<memory::SharedSegment>()) {
@@ -356,11 +357,11 @@ bool ShmLink::announce(const SourceMemory& source) {
 }
 
 std::optional<Located> ShmLink::locate(const SourceMemory& source) {
-    if (!up() || (!source.mapped && !peer_reads_us())) {
+    if (!up() || (!source.pool.mapped && !peer_reads_us())) {
         return std::nullopt;
     }
     try {
-        if (!announce(source)) {
+        if (!announce(source.pool)) {
             return std::nullopt;
         }
         std::optional<Guard> guard;
@@ -371,7 +372,7 @@ std::optional<Located> ShmLink::locate(const SourceMemory& source) {
         if (!guard) {
             return std::nullopt;
         }
-        Located located{encode_shm_location({source.pool, *guard}, source.plan), nullptr};
+        Located located{encode_shm_location({source.pool.pool, *guard}, source.plan), nullptr};
         located.loan = std::make_shared<Borrowed>(shared_from_this(), *guard);
         if (located.location.size() > protocol::kMaxControlBodyNbytes) {
             return std::nullopt;  // more ids than a frame has room for
@@ -409,25 +410,32 @@ void ShmLink::forget_pool(std::uint64_t pool) {
 std::shared_ptr<ShmLink::Found> ShmLink::find(Transfer& to) {
     protocol::Reader in(to.location);
     const ShmLocation location = decode_shm_location(in);
+    {
+        const std::lock_guard lock(peer_mutex_);
+        if (to.found) {
+            return std::static_pointer_cast<Found>(to.found);
+        }
+    }
+    auto pool = peer_pool(location.pool);
+    if (!pool) {
+        return nullptr;
+    }
+    auto found = std::make_shared<Found>();
+    found->plan = decode_shm_plan(in, *pool, to.nbytes);
+    found->pool = std::move(pool);
+    found->guard = location.guard;
+    const std::lock_guard lock(peer_mutex_);
+    to.found = found;
+    return found;
+}
+
+std::shared_ptr<const ShmPool> ShmLink::peer_pool(std::uint64_t id) {
     for (const bool last : {false, true}) {
-        std::shared_ptr<const ShmPool> pool;
         {
             const std::lock_guard lock(peer_mutex_);
-            if (to.found) {
-                return std::static_pointer_cast<Found>(to.found);
+            if (const auto known = peer_pools_.find(id); known != peer_pools_.end()) {
+                return known->second;
             }
-            if (const auto known = peer_pools_.find(location.pool); known != peer_pools_.end()) {
-                pool = known->second;
-            }
-        }
-        if (pool) {
-            auto found = std::make_shared<Found>();
-            found->plan = decode_shm_plan(in, *pool, to.nbytes);
-            found->pool = std::move(pool);
-            found->guard = location.guard;
-            const std::lock_guard lock(peer_mutex_);
-            to.found = found;
-            return found;
         }
         if (!last) {  // it is in the socket: the reactor hasn't come to it
             const std::lock_guard lock(rx_mutex_);
@@ -437,7 +445,7 @@ std::shared_ptr<ShmLink::Found> ShmLink::find(Transfer& to) {
     return nullptr;
 }
 
-ShmLink::Copied ShmLink::copy(Transfer& to, Range range) {
+Copied ShmLink::copy(Transfer& to, Range range) {
     if (!up()) {
         return Copied::broke;
     }
@@ -445,21 +453,17 @@ ShmLink::Copied ShmLink::copy(Transfer& to, Range range) {
     if (!found) {
         return Copied::broke;
     }
-    const Copied copied = found->pool->mapped ? copy_mapped(*found, to, range)
-                                              : copy_foreign(*found, to, range);
-    if (copied != Copied::good) {
-        return copied;
+    if (found->pool->mapped) {
+        copy_runs(*found->plan, RunsOf{to}, range.begin, range.end);
+    } else if (const auto error = read_runs(process_.pid(), *found->plan, RunsOf{to}, range.begin,
+                                            range.end)) {
+        return judge(error);
     }
     return peer_board_->still(found->guard) && process_.alive() ? Copied::good : Copied::stale;
 }
 
-ShmLink::Copied ShmLink::copy_mapped(const Found& found, const Transfer& to, Range range) {
-    copy_runs(*found.plan, RunsOf{to}, range.begin, range.end);
-    return Copied::good;
-}
-
-ShmLink::Copied ShmLink::copy_foreign(const Found& found, const Transfer& to, Range range) {
-    const auto error = read_runs(process_.pid(), *found.plan, RunsOf{to}, range.begin, range.end);
+// Of process_vm_readv.
+Copied ShmLink::judge(std::error_code error) const noexcept {
     if (!error) {
         return Copied::good;
     }

@@ -57,14 +57,17 @@ class ShmLink final : public Pollable, public std::enable_shared_from_this<ShmLi
     // As a source.
     std::optional<Located> locate(const SourceMemory& source);
     void forget_pool(std::uint64_t pool);
+    std::shared_ptr<Publication> publication();
 
     // As a destination. Any number of threads at once.
-    enum class Copied { good, stale, broke };
     Copied copy(protocol::Transfer& to, protocol::Range range);
+    std::shared_ptr<const FoundGrant> find_grant(const protocol::Token& token);
 
   private:
     class Borrowed;
     class Found;
+    class Published;
+    struct FoundHere;
 
     void read_channel();
     void take(ShmReader::Received received);
@@ -73,14 +76,21 @@ class ShmLink final : public Pollable, public std::enable_shared_from_this<ShmLi
     void drop_pool(std::uint64_t id);
     void answer_probe(const ShmMessage& probe);
     void judge_probe(const ShmMessage& probed);
-    bool announce(const SourceMemory& source);
+    bool announce(const PoolMemory& pool);
     bool send(const ShmMessage& message, Fd fd = Fd());
     bool send_file(ShmType type, std::uint64_t id, const protocol::Bytes& content);
     bool flush();
     std::shared_ptr<Found> find(protocol::Transfer& to);
-    Copied copy_mapped(const Found& found, const protocol::Transfer& to, protocol::Range range);
-    Copied copy_foreign(const Found& found, const protocol::Transfer& to, protocol::Range range);
+    std::shared_ptr<const ShmPool> peer_pool(std::uint64_t id);
+    Copied judge(std::error_code error) const noexcept;
     void end(Guard guard) noexcept;
+    std::optional<GrantPlace> publish(const OpenGrant& grant);
+    void end(GrantPlace place) noexcept;
+    std::shared_ptr<const FoundHere> find_on_board(const protocol::Token& token);
+    void keep(const protocol::Token& token, std::shared_ptr<const FoundHere> grant);
+    void forget_found(const ShmPool* pool);
+    Copied copy_granted(const FoundHere& grant, const memory::StreamPlan& from,
+                        const memory::StreamPlan& to) const;
 
     std::weak_ptr<PathHost> host_;
     EventLoop& reactor_;
@@ -111,6 +121,8 @@ class ShmLink final : public Pollable, public std::enable_shared_from_this<ShmLi
     PeerSegments peer_segments_;
     std::map<std::uint64_t, std::shared_ptr<const ShmPool>> peer_pools_;
     std::uint64_t kept_nbytes_ = 0;  // by all of them
+    std::map<protocol::Token, std::shared_ptr<const FoundHere>> found_;
+    std::size_t found_ids_ = 0;  // block ids of all of them
     std::string why_not_;
 };
 

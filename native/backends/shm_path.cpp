@@ -53,7 +53,6 @@ class ShmPath::Copier final : public Runnable {
 
   private:
     static void copy(PathHost& host, ShmLink* link, const protocol::ChunkTarget& target) {
-        using Copied = ShmLink::Copied;
         switch (link ? link->copy(*target.transfer, target.range) : Copied::broke) {
             case Copied::good: host.chunk_end(target, {}, true); break;
             case Copied::stale: host.chunk_end(target, {protocol::ChunkStatus::aborted}, false); break;
@@ -88,6 +87,16 @@ std::shared_ptr<ShmLink> ShmPath::link() const {
 std::optional<Located> ShmPath::locate(const SourceMemory& source) {
     const auto there = link();
     return there ? there->locate(source) : std::nullopt;
+}
+
+std::shared_ptr<Publication> ShmPath::publication() {
+    const auto there = link();
+    return there && there->up() ? there->publication() : nullptr;
+}
+
+std::shared_ptr<const FoundGrant> ShmPath::find_grant(const protocol::Token& token) {
+    ShmLink* const there = there_.load(std::memory_order_acquire);
+    return there != nullptr && there->up() ? there->find_grant(token) : nullptr;
 }
 
 void ShmPath::forget_pool(std::uint64_t pool) {
@@ -152,6 +161,7 @@ void ShmPath::add_channel(Fd fd) {
             return;
         }
         link_ = made;
+        there_.store(made.get(), std::memory_order_release);
     }
     for (const auto& copier : copiers_) {
         copier->set_link(made);
@@ -160,7 +170,7 @@ void ShmPath::add_channel(Fd fd) {
 }
 
 Path::Channel ShmPath::channel() const {
-    if (const auto there = link()) {
+    if (ShmLink* const there = there_.load(std::memory_order_acquire)) {
         return there->up() ? Channel::up : there->closed() ? Channel::none : Channel::awaited;
     }
     const std::lock_guard lock(mutex_);

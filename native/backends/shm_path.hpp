@@ -5,6 +5,7 @@
 // this is the stream's path and nothing else.
 #pragma once
 
+#include <atomic>
 #include <memory>
 #include <mutex>
 #include <vector>
@@ -24,6 +25,8 @@ class ShmPath final : public Path {
     const char* name() const noexcept override { return stream_->name(); }
     const char* name_of_copies() const noexcept override { return "shm"; }
     std::optional<Located> locate(const SourceMemory& source) override;
+    std::shared_ptr<Publication> publication() override;
+    std::shared_ptr<const FoundGrant> find_grant(const protocol::Token& token) override;
     void forget_pool(std::uint64_t pool) override;
     void flush_control() override { stream_->flush_control(); }
     void kick(std::uint64_t small_nbytes) override;
@@ -55,7 +58,8 @@ class ShmPath final : public Path {
     const std::shared_ptr<Path> stream_;
     std::vector<std::shared_ptr<Copier>> copiers_;
     mutable std::mutex mutex_;
-    std::shared_ptr<ShmLink> link_;
+    std::shared_ptr<ShmLink> link_;         // set once
+    std::atomic<ShmLink*> there_{nullptr};  // that one, for who has no time for the lock
     std::string refusal_;
     bool closed_ = false;
 };

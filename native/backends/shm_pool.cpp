@@ -104,12 +104,13 @@ void check_places(const PoolShape& shape, const Places& places) {
     }
 }
 
-std::vector<memory::Layer> read_layers(Reader& in, bool mapped, const PeerSegments& segments,
+std::vector<memory::Layer> read_layers(Reader& in, bool mapped, bool named, const PeerSegments& segments,
                                        Places& places) {
     std::vector<memory::Layer> layers;
     const std::size_t count = in.count(memory::kMaxLayers, kLayerNbytes);
     for (std::size_t i = 0; i < count; ++i) {
-        memory::Layer layer{std::to_string(i), in.integer<std::uint32_t>(), {}};
+        std::string name = in.text(kMaxName);
+        memory::Layer layer{named ? std::move(name) : std::to_string(i), in.integer<std::uint32_t>(), {}};
         places.emplace_back();
         const std::size_t parts = in.count(kMaxParts, kPartNbytes);
         for (std::size_t k = 0; k < parts; ++k) {
@@ -137,6 +138,7 @@ protocol::Bytes encode_shm_pool(const PoolShape& shape, const std::vector<memory
     Writer writer(out);
     const bool mapped = all_within(shape, segments);
     writer.integer(static_cast<std::uint8_t>(mapped ? 1 : 0));
+    writer.integer(static_cast<std::uint8_t>(shape.named() ? 1 : 0));
     writer.integer(static_cast<std::uint32_t>(shape.groups().size()));
     for (const auto& group : shape.groups()) {
         write_group(writer, group);
@@ -144,6 +146,7 @@ protocol::Bytes encode_shm_pool(const PoolShape& shape, const std::vector<memory
     writer.integer(static_cast<std::uint32_t>(shape.layers().size()));
     for (std::uint32_t i = 0; i < shape.layers().size(); ++i) {
         const auto& layer = shape.layers()[i];
+        writer.text(shape.named() ? layer.name : std::string());
         writer.integer(layer.group);
         writer.integer(static_cast<std::uint32_t>(layer.parts.size()));
         for (std::uint32_t k = 0; k < layer.parts.size(); ++k) {
@@ -159,16 +162,18 @@ ShmPool decode_shm_pool(std::span<const std::byte> raw, const PeerSegments& segm
     Reader in(raw);
     ShmPool pool;
     pool.mapped = in.integer<std::uint8_t>() != 0;
+    const bool named = in.integer<std::uint8_t>() != 0;
     std::vector<memory::Group> groups;
     const std::size_t count = in.count(memory::kMaxGroups, kGroupNbytes);
     for (std::size_t i = 0; i < count; ++i) {
         groups.push_back(read_group(in));
     }
     Places places;
-    auto layers = read_layers(in, pool.mapped, segments, places);
+    auto layers = read_layers(in, pool.mapped, named, segments, places);
     in.finish();
     try {
-        pool.shape = std::make_shared<const PoolShape>(std::move(groups), std::move(layers), false);
+        pool.shape = std::make_shared<const PoolShape>(std::move(groups), std::move(layers), named);
+        pool.terms = std::make_shared<const protocol::PoolTerms>(terms_of(*pool.shape));
         if (pool.mapped) {
             check_places(*pool.shape, places);
         }

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "backends/path.hpp"
+#include "backends/pool_terms.hpp"
 #include "backends/shm_board.hpp"
 #include "backends/shm_channel.hpp"
 #include "memory/plan.hpp"
@@ -24,6 +25,7 @@ protocol::Bytes encode_shm_pool(const memory::PoolShape& shape,
 /// A peer's pool, as this process reads it.
 struct ShmPool {
     std::shared_ptr<const memory::PoolShape> shape;
+    std::shared_ptr<const protocol::PoolTerms> terms;
     bool mapped = false;  // else its addresses are the peer's, for process_vm_readv
     std::vector<std::shared_ptr<const PeerSegment>> segments;  // that the addresses lie in
     std::uint64_t kept_nbytes = 0;  // about as much memory as its description takes here

@@ -163,7 +163,8 @@ PyTransfer grant(PyPool& self, nb::handle ids, nb::bytes token, const std::strin
     made->readers = readers;
     made->ttl = duration("ttl_s", ttl_s, true);
     const auto& groups = self.pool->shape()->groups();
-    if (ids.is_none()) {
+    made->every_block = ids.is_none();
+    if (made->every_block) {
         for (const auto& group : groups) {
             made->blocks.emplace_back(group.num_blocks);
             std::iota(made->blocks.back().begin(), made->blocks.back().end(), 0u);

@@ -6,6 +6,7 @@
 
 #include "base/clock.hpp"
 #include "base/crc32c.hpp"
+#include "base/recycled.hpp"
 #include "engine/engine.hpp"
 #include "engine/watch.hpp"
 
@@ -69,7 +70,8 @@ std::shared_ptr<TransferHandle> Connection::make_handle(PostArgs& args) {
                                " pieces (layers x blocks) in one transfer, " + "max_transfer_pieces is " +
                                std::to_string(most) + ": split it, or raise that");
     }
-    auto handle = std::make_shared<TransferHandle>(shared_from_this(), args.pool, std::move(plan));
+    auto handle = std::allocate_shared<TransferHandle>(Recycled<TransferHandle>(), shared_from_this(),
+                                                       args.pool, std::move(plan));
     handle->role = args.role;
     handle->key = std::move(args.key);
     handle->key_is_text = args.key_is_text;
@@ -95,6 +97,9 @@ std::shared_ptr<TransferHandle> Connection::post(PostArgs args) {
     std::shared_ptr<Connection> taker;
     try {
         claim(handle);
+        if (read_here(handle)) {
+            return handle;
+        }
         taker = place(handle, args.pool->id());
     } catch (...) {
         engine_.release(*handle);

@@ -128,6 +128,9 @@ class Connection final : public backends::PathHost,
                    bool verified) override;
     void chunk_left(const protocol::ChunkJob& job, bool whole, bool begun) override;
 
+    /// Shows the grant to the peer, who then reads without asking; nothing where it can't, or mayn't.
+    void show(const GrantHandlePtr& grant);
+
     // For Grants: what follows from the end of a grant of ours, or its beginning.
     void grant_came(const protocol::Token& token);
     void hold_ended(const protocol::Token& token);
@@ -138,6 +141,7 @@ class Connection final : public backends::PathHost,
     Service serve_write(const protocol::WriteBody& write, const protocol::PoolTerms& theirs) override;
     bool hold(const protocol::Token& token) override;
     void release(const protocol::Token& token) override;
+    void took(const protocol::Token& token) override;
     bool await(const protocol::Token& token) override;
     void await_no_more(const protocol::Token& token) override;
 
@@ -217,6 +221,12 @@ class Connection final : public backends::PathHost,
     std::shared_ptr<Connection> place(const std::shared_ptr<LeaseHandle>& lease);
     /// Hands a post to the session, or to the heir's; returns whose.
     std::shared_ptr<Connection> place(const std::shared_ptr<TransferHandle>& handle, std::uint64_t pool_id);
+    void show(const GrantHandlePtr& grant, const std::shared_ptr<backends::Path>& way,
+              const std::string& reader);
+    bool read_here(const std::shared_ptr<TransferHandle>& posted);
+    std::optional<memory::StreamPlan> plan_here(const backends::FoundGrant& grant,
+                                                const TransferHandle& handle);
+    bool copy_here(const backends::FoundGrant& grant, const std::shared_ptr<TransferHandle>& posted);
     void settle(std::uint64_t small_nbytes);
     bool settle_once(std::uint64_t small_nbytes);
     bool has_output() const;
@@ -261,6 +271,11 @@ class Connection final : public backends::PathHost,
     protocol::Cause lost_cause_ = protocol::Cause::ok;
     std::string lost_reason_;
     bool ending_ = false;  // a close has begun; `lost_` follows once its goodbye is on its way
+    struct {
+        std::uint64_t pool = 0;                           // of ours
+        std::shared_ptr<const protocol::PoolTerms> with;  // the peer's
+        std::vector<std::uint32_t> layers;
+    } paired_;  // that agree, all layers of ours in their order with these of the peer's
     std::vector<std::shared_ptr<MessageHandle>> dependents_;  // messages that wait for a transfer
     std::shared_ptr<Connection> heir_;                        // has adopted what was posted here
 };

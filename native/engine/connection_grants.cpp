@@ -11,6 +11,7 @@
 #include "base/clock.hpp"
 #include "engine/connection.hpp"
 #include "engine/engine.hpp"
+#include "engine/grant_plan.hpp"
 
 namespace kvt::engine {
 
@@ -21,69 +22,6 @@ using protocol::PoolTerms;
 using protocol::Role;
 using protocol::Terms;
 using protocol::Token;
-
-namespace {
-
-// The peer asked for what the grant hasn't: it is told what a stranger is told.
-struct NotGranted {};
-
-/// Which of our layers the peer's stand for, in their order: by name where both pools have names, else by
-/// place. Nothing, with what is missing, where there is none.
-std::optional<std::vector<std::uint32_t>> layers_for(const Terms& terms, const PoolTerms& theirs,
-                                                     const PoolTerms& ours, Mismatch& mismatch) {
-    std::vector<std::uint32_t> layers;
-    for (const auto& layer : terms.layers) {
-        std::size_t place = layer.index;
-        const std::string& name = theirs.layers[layer.index].name;
-        if (theirs.named && ours.named) {
-            place = static_cast<std::size_t>(
-                std::find_if(ours.layers.begin(), ours.layers.end(),
-                             [&](const auto& mine) { return mine.name == name; }) -
-                ours.layers.begin());
-        }
-        if (place >= ours.layers.size()) {
-            mismatch = {"layers", std::to_string(ours.layers.size()) + " layers", "'" + name + "'"};
-            return std::nullopt;
-        }
-        layers.push_back(static_cast<std::uint32_t>(place));
-    }
-    return layers;
-}
-
-/// Our block ids by group, for the positions that the peer names of its own groups.
-std::vector<std::shared_ptr<const memory::Ids>> ids_for(const GrantHandlePtr& grant, const GrantUse& use,
-                                                        const Terms& terms, const PoolTerms& theirs,
-                                                        const PoolTerms& ours,
-                                                        const std::vector<std::uint32_t>& layers) {
-    std::vector<std::shared_ptr<const memory::Ids>> ids(ours.groups.size());
-    for (std::size_t i = 0; i < layers.size(); ++i) {
-        const std::size_t mine = ours.layers[layers[i]].group;
-        const std::uint16_t group = theirs.layers[terms.layers[i].index].group;
-        const auto place = std::find_if(terms.groups.begin(), terms.groups.end(),
-                                        [&](const auto& known) { return known.index == group; });
-        const auto& granted = grant->blocks[mine];
-        if (ids[mine] != nullptr || place == terms.groups.end()) {
-            continue;
-        }
-        if (!use.subset) {
-            ids[mine] = std::shared_ptr<const memory::Ids>(grant, &granted);  // not a copy for each of many
-            continue;
-        }
-        const auto& positions = (*use.subset)[static_cast<std::size_t>(place - terms.groups.begin())];
-        auto chosen = std::make_shared<memory::Ids>();
-        chosen->reserve(positions.size());
-        for (const std::uint32_t position : positions) {
-            if (position >= granted.size()) {
-                throw NotGranted();
-            }
-            chosen->push_back(granted[position]);
-        }
-        ids[mine] = std::move(chosen);
-    }
-    return ids;
-}
-
-}  // namespace
 
 // ---- serving
 
@@ -96,7 +34,8 @@ Connection::Service Connection::plan_service(const GrantHandlePtr& grant, const 
         service.answer = Answer::mismatch;
         return service;
     }
-    auto ids = ids_for(grant, use, terms, theirs, pool->terms(), *layers);
+    const GrantedBlocks granted{&grant->blocks, grant, *pool->shape()};
+    auto ids = ids_for(granted, use, terms, theirs, pool->terms(), *layers);
     const memory::Heads heads{use.head_begin, use.head_count, use.every_head};
     auto plan = std::make_shared<memory::StreamPlan>(pool->shape(), std::move(*layers), std::move(ids),
                                                      heads);
@@ -126,6 +65,7 @@ Connection::Service Connection::serve_read(const protocol::ReadBody& read, const
     if (!grant) {
         return {};
     }
+    show(grant, path_, reader_);
     try {
         Service service = plan_service(grant, read.use, read.terms, theirs, Role::source);
         if (service.answer == Answer::served &&
@@ -176,16 +116,39 @@ Connection::Service Connection::serve_write(const protocol::WriteBody& write, co
 }
 
 bool Connection::hold(const Token& token) {
-    return engine_.grants().hold(token, shared_from_this(), reader_);
+    const auto grant = engine_.grants().hold(token, shared_from_this(), reader_);
+    if (grant) {
+        show(grant, path_, reader_);
+    }
+    return grant != nullptr;
 }
 
 void Connection::release(const Token& token) { engine_.grants().release(token, reader_); }
+
+void Connection::took(const Token& token) { engine_.grants().took(token, reader_); }
 
 bool Connection::await(const Token& token) { return engine_.grants().await(token, shared_from_this()); }
 
 void Connection::await_no_more(const Token& token) { engine_.grants().await_no_more(token, *this); }
 
 // ---- for Grants
+
+void Connection::show(const GrantHandlePtr& grant) { show(grant, path(), reader()); }
+
+// The end of the grant is to find what is shown: it is known there before anything is shown.
+void Connection::show(const GrantHandlePtr& grant, const std::shared_ptr<backends::Path>& way,
+                      const std::string& reader) {
+    if (grant->mode != GrantMode::read || way == nullptr ||
+        !engine_.grants().may_show(*grant, reader, *this)) {
+        return;
+    }
+    const auto shown = way->publication();
+    if (shown == nullptr || !engine_.grants().shows(grant, {reader, weak_from_this(), shown})) {
+        return;
+    }
+    const auto* const blocks = grant->every_block ? nullptr : &grant->blocks;
+    shown->publish({grant->token, grant->block_pool()->memory(), blocks, grant->readers != 0});
+}
 
 void Connection::grant_came(const Token& token) {
     const Visit here(*this);

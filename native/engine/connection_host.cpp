@@ -131,9 +131,7 @@ std::optional<protocol::ChunkTarget> Connection::next_copy() {
 }
 
 std::optional<protocol::Bytes> Connection::locate(TransferHandle& source) {
-    const auto& pool = *source.block_pool();
-    auto located = path_ ? path_->locate({source.plan(), pool.id(), pool.segments(), pool.mapped()})
-                         : std::nullopt;
+    auto located = path_ ? path_->locate({source.plan(), source.block_pool()->memory()}) : std::nullopt;
     if (!located) {
         return std::nullopt;
     }
@@ -158,6 +156,11 @@ void Connection::can_copy(bool can) {
         const std::lock_guard lock(mutex_);
         session_.set_pulls(can, monotonic_ns());
         inactive_.notify_all();
+    }
+    if (can) {
+        for (const auto& grant : engine_.grants().all_for(reader())) {
+            show(grant);
+        }
     }
     settle();
 }

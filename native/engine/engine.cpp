@@ -191,6 +191,12 @@ std::vector<std::shared_ptr<Connection>> Engine::all_connections() {
     return all;
 }
 
+std::vector<std::shared_ptr<Connection>> Engine::connections_to(const std::string& reader) {
+    auto some = all_connections();
+    std::erase_if(some, [&](const auto& connection) { return connection->reader() != reader; });
+    return some;
+}
+
 Tally& Engine::tally(const std::string& backend) {
     const std::lock_guard lock(tallies_mutex_);
     return tallies_[backend];
@@ -261,7 +267,7 @@ void Engine::claim(TransferHandle& handle) {
     {
         const std::lock_guard lock(claims_mutex_);
         owner = next_claim_++;
-        claim_keys_.emplace(owner, handle.key);
+        claimants_.emplace(owner, &handle);
     }
     const auto conflict = busy_.claim(owner, handle.shared_plan());
     if (!conflict) {
@@ -271,9 +277,9 @@ void Engine::claim(TransferHandle& handle) {
     std::string other;
     {
         const std::lock_guard lock(claims_mutex_);
-        claim_keys_.erase(owner);
-        if (const auto known = claim_keys_.find(conflict.owner); known != claim_keys_.end()) {
-            other = known->second;
+        claimants_.erase(owner);
+        if (const auto known = claimants_.find(conflict.owner); known != claimants_.end()) {
+            other = known->second->key;
         }
     }
     const std::string where = "block " + std::to_string(conflict.block_id) + " of layer '" + conflict.layer +
@@ -290,7 +296,7 @@ void Engine::release(TransferHandle& handle) noexcept {
     }
     busy_.release(handle.claim_id);
     const std::lock_guard lock(claims_mutex_);
-    claim_keys_.erase(handle.claim_id);
+    claimants_.erase(handle.claim_id);
     handle.claim_id = 0;
 }
 

@@ -59,6 +59,9 @@ class Engine {
     backends::Mover& mover(std::size_t i) noexcept { return *movers_[i % movers_.size()]; }
     std::vector<backends::Mover*> movers() noexcept;
     Admission& admission() noexcept { return *admission_; }
+    std::vector<std::shared_ptr<Connection>> all_connections();
+    /// Those to this peer, by its incarnation.
+    std::vector<std::shared_ptr<Connection>> connections_to(const std::string& reader);
     Grants& grants() noexcept { return *grants_; }
     bool forked() const noexcept;
     bool closed() const noexcept { return closed_.load(std::memory_order_acquire); }
@@ -110,7 +113,6 @@ class Engine {
   private:
     void stop_threads();
     void wait_for_visitors();
-    std::vector<std::shared_ptr<Connection>> all_connections();
     protocol::Time tick_all(protocol::Time now, bool heartbeat, bool resumed);
     protocol::Time poll_gated(protocol::Time now);
     using Waiting = std::pair<std::shared_ptr<Connection>, protocol::Bytes>;
@@ -132,7 +134,7 @@ class Engine {
 
     memory::BusyTable busy_;
     std::mutex claims_mutex_;
-    std::unordered_map<std::uint64_t, std::string> claim_keys_;
+    std::unordered_map<std::uint64_t, const TransferHandle*> claimants_;  // until release()
 
     std::atomic<protocol::Time> next_deadline_{protocol::kNever}, planned_{0};
     protocol::Time next_heartbeat_ = 0, next_gate_poll_ = 0;

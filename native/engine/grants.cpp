@@ -50,6 +50,7 @@ void Grants::count(GrantState state) {
 void Grants::add(const GrantHandlePtr& grant) {
     std::vector<std::weak_ptr<Connection>> waiters;
     Time deadline = protocol::kNever;
+    std::string to;
     {
         const std::lock_guard lock(mutex_);
         if (closed_) {
@@ -60,11 +61,17 @@ void Grants::add(const GrantHandlePtr& grant) {
         }
         ++counters_.made;
         deadline = grant->deadline;
+        to = grant->to;
         if (const auto known = awaited_.find(text_of(grant->token)); known != awaited_.end()) {
             waiters = known->second;
         }
     }
     engine_.need_by(deadline, nullptr);
+    if (!to.empty()) {
+        for (const auto& connection : engine_.connections_to(to)) {
+            connection->show(grant);
+        }
+    }
     for (const auto& weak : waiters) {
         if (const auto waiter = weak.lock()) {
             waiter->grant_came(grant->token);
@@ -135,9 +142,14 @@ void Grants::finish(const Ended& ended, const protocol::Outcome& outcome, By by)
 // A loan's end is fenced by itself.
 void Grants::end_loans(GrantHandle& grant) {
     std::vector<std::weak_ptr<protocol::Loan>> loans;
+    std::vector<GrantHandle::Shown> shown;
     {
         const std::lock_guard lock(mutex_);
         loans.swap(grant.loans);
+        shown.swap(grant.shown);
+    }
+    for (const auto& one : shown) {
+        one.as->end();
     }
     for (const auto& weak : loans) {
         if (const auto loan = weak.lock()) {
@@ -310,8 +322,74 @@ bool Grants::lend(const GrantHandlePtr& grant, const std::shared_ptr<protocol::L
     return true;
 }
 
+// ---- what is shown to readers
+
+bool Grants::may_show(const GrantHandle& grant, const std::string& reader, const Connection& to) const {
+    const std::lock_guard lock(mutex_);
+    return protocol::GrantBook::open_to(grant, reader) &&
+           std::none_of(grant.shown.begin(), grant.shown.end(),
+                        [&](const auto& one) { return one.to.lock().get() == &to; });
+}
+
+bool Grants::shows(const GrantHandlePtr& grant, GrantHandle::Shown shown) {
+    const std::lock_guard lock(mutex_);
+    if (grant->state != GrantState::open) {
+        return false;
+    }
+    std::erase_if(grant->shown, [](const auto& one) { return one.to.expired(); });
+    grant->shown.push_back(std::move(shown));
+    return true;
+}
+
+std::vector<GrantHandlePtr> Grants::all_for(const std::string& reader) const {
+    const std::lock_guard lock(mutex_);
+    std::vector<GrantHandlePtr> all;
+    for (const GrantPtr& grant : book_.all_for(reader)) {
+        all.push_back(handle_of(grant));
+    }
+    return all;
+}
+
+// Under the lock: who has finished with a grant that goes on doesn't find it any more.
+Grants::Loans Grants::hidden_from(GrantHandle& grant, const std::string& reader) {
+    Loans hidden;
+    if (!grant.finished.contains(reader)) {
+        return hidden;
+    }
+    for (auto& one : grant.shown) {
+        if (one.reader == reader) {
+            hidden.push_back(std::move(one.as));
+        }
+    }
+    std::erase_if(grant.shown, [](const auto& one) { return one.as == nullptr; });
+    return hidden;
+}
+
+void Grants::end_all(const Loans& loans) noexcept {
+    for (const auto& loan : loans) {
+        loan->end();
+    }
+}
+
+void Grants::took(const Token& token, const std::string& reader) {
+    Ended ended;
+    Loans hidden;
+    {
+        const std::lock_guard lock(mutex_);
+        const GrantPtr grant = book_.find(token);
+        if (const GrantPtr over = book_.took(token, reader)) {
+            ended.push_back(over);
+        } else if (grant) {
+            hidden = hidden_from(*handle_of(grant), reader);
+        }
+    }
+    end_all(hidden);
+    finish(ended, kFinished, By::others);
+}
+
 void Grants::served(const TransferHandle& transfer, const std::string& reader) {
     Ended ended;
+    Loans hidden;
     const GrantHandlePtr& grant = transfer.grant;
     const bool succeeded = transfer.result.outcome.cause == Cause::ok;
     {
@@ -328,31 +406,41 @@ void Grants::served(const TransferHandle& transfer, const std::string& reader) {
         if (const GrantPtr over = book_.over(grant, reader, succeeded)) {
             ended.push_back(over);
             note_ended(ended);
+        } else {
+            hidden = hidden_from(*grant, reader);
         }
     }
+    end_all(hidden);
     finish(ended, kFinished, By::others);
 }
 
-bool Grants::hold(const Token& token, const std::shared_ptr<Connection>& holder, const std::string& reader) {
+GrantHandlePtr Grants::hold(const Token& token, const std::shared_ptr<Connection>& holder,
+                            const std::string& reader) {
     const std::lock_guard lock(mutex_);
     if (!book_.hold(token, reader)) {
-        return false;
+        return nullptr;
     }
-    handle_of(book_.find(token))->holders[reader] = holder;
-    return true;
+    auto grant = handle_of(book_.find(token));
+    grant->holders[reader] = holder;
+    return grant;
 }
 
 void Grants::release(const Token& token, const std::string& reader) {
     Ended ended;
+    Loans hidden;
     Time next = protocol::kNever;
     {
         const std::lock_guard lock(mutex_);
+        const GrantPtr grant = book_.find(token);
         if (const GrantPtr over = book_.release(token, reader, monotonic_ns())) {
             ended.push_back(over);
             note_ended(ended);
+        } else if (grant) {
+            hidden = hidden_from(*handle_of(grant), reader);
         }
         next = book_.next_deadline();
     }
+    end_all(hidden);
     finish(ended, kFinished, By::others);
     engine_.need_by(next, nullptr);
 }

@@ -32,9 +32,17 @@ class GrantHandle final : public protocol::Grant, public Handle {
     }
     const std::shared_ptr<Pool>& block_pool() const noexcept { return block_pool_; }
 
+    bool every_block = false;  // of the pool, in order
+
     // Under the lock of Grants; `result` is read after done().
     std::vector<std::weak_ptr<TransferHandle>> served;
     std::vector<std::weak_ptr<protocol::Loan>> loans;
+    struct Shown {
+        std::string reader;
+        std::weak_ptr<Connection> to;
+        std::shared_ptr<protocol::Loan> as;
+    };
+    std::vector<Shown> shown;
     std::unordered_map<std::string, std::weak_ptr<Connection>> holders;  // by reader
     Result result;  // of the last write, with the bytes of all; its outcome is the grant's
 
@@ -59,8 +67,9 @@ class Grants final : public Runnable, public std::enable_shared_from_this<Grants
 
     // For connections.
     GrantHandlePtr admit(const protocol::Token& token, const std::string& reader, protocol::GrantMode mode);
-    bool hold(const protocol::Token& token, const std::shared_ptr<Connection>& holder,
-              const std::string& reader);
+    /// The grant that is held; null: no.
+    GrantHandlePtr hold(const protocol::Token& token, const std::shared_ptr<Connection>& holder,
+                        const std::string& reader);
     void release(const protocol::Token& token, const std::string& reader);
     /// True: there is one, made perhaps since the waiter looked.
     bool await(const protocol::Token& token, const std::shared_ptr<Connection>& waiter);
@@ -71,6 +80,13 @@ class Grants final : public Runnable, public std::enable_shared_from_this<Grants
     /// What was opened to the peer for a transfer by it; false: it has ended, and nothing may be.
     bool lend(const GrantHandlePtr& grant, const std::shared_ptr<protocol::Loan>& loan);
     void served(const TransferHandle& transfer, const std::string& reader);
+    /// The reader has read by itself what it was shown.
+    void took(const protocol::Token& token, const std::string& reader);
+    /// Whether the reader may find the grant by itself, and isn't shown it yet.
+    bool may_show(const GrantHandle& grant, const std::string& reader, const Connection& to) const;
+    /// Said before it is. False: it has ended.
+    bool shows(const GrantHandlePtr& grant, GrantHandle::Shown shown);
+    std::vector<GrantHandlePtr> all_for(const std::string& reader) const;
     void reader_gone(const std::string& reader, bool dead);
     /// Whether something is for this reader alone whose connection is lost; true once, for the watch that
     /// stays.
@@ -94,6 +110,9 @@ class Grants final : public Runnable, public std::enable_shared_from_this<Grants
     void retire(const GrantHandlePtr& grant);
     void count(protocol::GrantState state);
     void end_loans(GrantHandle& grant);
+    using Loans = std::vector<std::shared_ptr<protocol::Loan>>;
+    static Loans hidden_from(GrantHandle& grant, const std::string& reader);
+    static void end_all(const Loans& loans) noexcept;
     void stop_served(const GrantHandlePtr& grant);
     void note_ended(const Ended& ended);
     void stop_landing(std::uint64_t pool);

@@ -5,6 +5,7 @@
 #include <chrono>
 #include <utility>
 
+#include "backends/pool_terms.hpp"
 #include "base/clock.hpp"
 
 namespace kvt::engine {
@@ -39,15 +40,8 @@ Pool::Pool(std::uint64_t id, std::string name, std::shared_ptr<const memory::Poo
         shared_.push_back({next_segment++, segment.fd.get(), segment.base, segment.nbytes});
     }
     mapped_ = !shared_.empty() && lies_within(*shape_, shared_);
+    terms_ = backends::terms_of(*shape_);
     terms_.name = std::move(name);
-    terms_.named = shape_->named();
-    for (const memory::Group& group : shape_->groups()) {
-        terms_.groups.push_back({group.name, group.opaque, group.dtype, group.order, group.kv,
-                                 static_cast<std::uint32_t>(group.tokens_per_block)});
-    }
-    for (const memory::Layer& layer : shape_->layers()) {
-        terms_.layers.push_back({layer.name, static_cast<std::uint16_t>(layer.group)});
-    }
 }
 
 bool Pool::use() {

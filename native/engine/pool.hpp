@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "backends/path.hpp"
 #include "base/fd.hpp"
 #include "memory/segments.hpp"
 #include "memory/shape.hpp"
@@ -33,6 +34,8 @@ class Pool {
     bool writable() const noexcept { return writable_; }
     const std::shared_ptr<const memory::PoolShape>& shape() const noexcept { return shape_; }
     const protocol::PoolTerms& terms() const noexcept { return terms_; }
+    /// For a path; as long as this lives.
+    backends::PoolMemory memory() const noexcept { return {shape_, id_, shared_, mapped_}; }
     const std::vector<memory::SharedSegment>& segments() const noexcept { return shared_; }
     /// Whether all of its memory lies in them.
     bool mapped() const noexcept { return mapped_; }

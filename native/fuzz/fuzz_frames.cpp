@@ -127,7 +127,9 @@ class Script {
         switch (op.b % 8) {
             case 4: return peer_.read({op.code, op.f, op.c, op.d, op.a, op.e}, can_copy() && (op.f & 1) == 0);
             case 5: return peer_.write({op.code, op.f, op.c, op.d, op.a, op.e});
-            case 6: return peer_.hold(op);
+            case 6:
+                if ((op.f & 3) == 3) return {{.type = FrameType::took}, encode_took(token_of(op.c))};
+                return peer_.hold(op);
             case 7:
                 return {{.type = FrameType::held,
                          .flags = static_cast<std::uint8_t>(op.d & 1),

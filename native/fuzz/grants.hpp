@@ -39,6 +39,7 @@ class Grants final : public protocol::GrantHost {
         demand(leases > 0, "a lease is given back twice");
         --leases;
     }
+    void took(const protocol::Token&) override { ++takes; }
     bool await(const protocol::Token& token) override {
         awaited.insert(token);
         return open(token);
@@ -66,7 +67,7 @@ class Grants final : public protocol::GrantHost {
 
     std::vector<RecordPtr> served;
     std::set<protocol::Token> awaited;
-    std::size_t leases = 0;
+    std::size_t leases = 0, takes = 0;
 
   private:
     static std::size_t slot_of(const protocol::Token& token) {

@@ -83,6 +83,10 @@ void StreamPlan::lay_out(const std::vector<std::uint32_t>& layers) {
             {nbytes_, pattern.nbytes, list.size(), list.data(), &pattern, layer.parts.data(), index});
         count_up(rows_.back());
     }
+    if (ids_by_group_.size() == 1) {
+        blocks_ = rows_.empty() ? 0 : ids(0).size();
+        return;
+    }
     std::vector<bool> used(ids_by_group_.size());
     for (const Row& row : rows_) used[shape_->layers()[row.layer].group] = true;
     for (std::uint32_t g = 0; g < used.size(); ++g) blocks_ += used[g] ? ids(g).size() : 0;

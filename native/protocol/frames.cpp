@@ -38,6 +38,7 @@ constexpr Rule kRules[] = {
     {FrameType::write, 0, 1, kMaxControlBodyNbytes},
     {FrameType::hold, kLetGo, 0, 20},
     {FrameType::held, kHeldNot, 0, 0},
+    {FrameType::took, 0, 16, 16},
 };
 
 const Rule* rule_of(FrameType type) noexcept {
@@ -138,7 +139,7 @@ const char* name_of(FrameType type) noexcept {
     constexpr const char* kNames[] = {"?",     "POOL",    "OFFER",   "WANT",     "CHUNK",   "DONE",
                                       "ABORT", "ABORTED", "GATED",   "RELEASED", "MESSAGE", "MESSAGE_ACK",
                                       "PING",  "CLOSE",   "LOCATED", "AGAIN",    "COPIED",  "READ",
-                                      "WRITE", "HOLD",    "HELD"};
+                                      "WRITE", "HOLD",    "HELD",    "TOOK"};
     const auto index = static_cast<std::size_t>(type);
     return index < std::size(kNames) ? kNames[index] : kNames[0];
 }

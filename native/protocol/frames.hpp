@@ -54,11 +54,12 @@ enum class FrameType : std::uint8_t {
     write = 18,
     hold = 19,
     held = 20,
+    took = 21,
 };
 
 // What both sides have offered in the handshake, a bit each: frames and flags that version 1 has grown.
 inline constexpr std::uint64_t kCanCopy = 1;   // WANT's flag 1, LOCATED, AGAIN, COPIED, RELEASED
-inline constexpr std::uint64_t kCanGrant = 2;  // READ, WRITE, HOLD, HELD, WANT's flag 2, ABORT's code 8
+inline constexpr std::uint64_t kCanGrant = 2;  // READ, WRITE, HOLD, HELD, TOOK, WANT's flag 2, ABORT's code 8
 
 // Flags, by frame type; every bit that isn't named for the type is zero.
 inline constexpr std::uint8_t kPoolClosed = 1;   // POOL: forget this pool
@@ -190,6 +191,9 @@ Bytes encode_hold(const HoldBody& body);
 ReadBody decode_read(std::span<const std::byte> raw);
 WriteBody decode_write(std::span<const std::byte> raw);
 HoldBody decode_hold(std::span<const std::byte> raw);
+/// Of TOOK: which grant.
+Bytes encode_took(const Token& token);
+Token decode_took(std::span<const std::byte> raw);
 /// Of AGAIN: ascending, none empty, none touching another.
 std::vector<Range> decode_ranges(std::span<const std::byte> raw);
 

@@ -136,4 +136,13 @@ HoldBody decode_hold(std::span<const std::byte> raw) {
     return body;
 }
 
+Bytes encode_took(const Token& token) { return {token.begin(), token.end()}; }
+
+Token decode_took(std::span<const std::byte> raw) {
+    Reader in(raw);
+    const Token token = read_token(in);
+    in.finish();
+    return token;
+}
+
 }  // namespace kvt::protocol

@@ -100,6 +100,16 @@ GrantPtr GrantBook::over(const GrantPtr& grant, const std::string& reader, bool 
     return end_if_finished(grant);
 }
 
+GrantPtr GrantBook::took(const Token& token, const std::string& reader) {
+    const GrantPtr grant = admit(token, reader, GrantMode::read);
+    return grant ? over(grant, reader, true) : nullptr;
+}
+
+bool GrantBook::open_to(const Grant& grant, const std::string& reader) {
+    return grant.state == GrantState::open && !grant.finished.contains(reader) &&
+           (grant.to == reader || grant.readers == 0 || grant.leases.contains(reader));
+}
+
 GrantPtr GrantBook::end_if_finished(const GrantPtr& grant) {
     const bool finished = grant->readers != 0 && grant->finished.size() >= grant->readers;
     return finished && end(grant, GrantState::read) ? grant : nullptr;
@@ -196,6 +206,16 @@ std::vector<GrantPtr> GrantBook::reader_gone(const std::string& reader, bool dea
         end(grant, GrantState::revoked);
     }
     return ended;
+}
+
+std::vector<GrantPtr> GrantBook::all_for(const std::string& reader) const {
+    std::vector<GrantPtr> all;
+    for (const auto& [token, grant] : grants_) {
+        if (!reader.empty() && grant->to == reader) {
+            all.push_back(grant);
+        }
+    }
+    return all;
 }
 
 bool GrantBook::has_for(const std::string& reader) const {

@@ -56,10 +56,14 @@ class GrantBook {
     /// The grant, and the reader is counted; null: it isn't for them, or not here.
     GrantPtr admit(const Token& token, const std::string& reader, GrantMode mode);
     GrantPtr find(const Token& token) const;
+    /// Whether the reader, who was let in or will be, may come again without being counted.
+    static bool open_to(const Grant& grant, const std::string& reader);
     bool hold(const Token& token, const std::string& reader);
     /// These return the grant where it has ended by this.
     GrantPtr release(const Token& token, const std::string& reader, Time now);
     GrantPtr over(const GrantPtr& grant, const std::string& reader, bool succeeded);
+    /// It has read without asking.
+    GrantPtr took(const Token& token, const std::string& reader);
     /// False: it had ended before.
     bool end(const GrantPtr& grant, GrantState state);
     /// Ends all grants on one of these blocks of a pool's group.
@@ -72,6 +76,8 @@ class GrantBook {
     std::vector<GrantPtr> reader_gone(const std::string& reader, bool dead, Time now);
     /// Whether one is for this reader alone.
     bool has_for(const std::string& reader) const;
+    /// Those that are for this reader alone.
+    std::vector<GrantPtr> all_for(const std::string& reader) const;
     /// When expire() has something to do at the earliest.
     Time next_deadline() const noexcept { return next_deadline_; }
     std::size_t size() const noexcept { return grants_.size(); }

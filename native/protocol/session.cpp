@@ -550,6 +550,9 @@ void Session::finish(const TransferPtr& transfer, Time now) {
         ++(ok ? counters_.sends_ok : counters_.sends_failed);
     } else {
         ++(ok ? counters_.receives_ok : counters_.receives_failed);
+        if (ok && transfer->use) {
+            taken(transfer->use->token);
+        }
     }
     finished_.push_back(transfer);
     forget(transfer);

@@ -91,6 +91,8 @@ class GrantHost {
     /// True: it is held for the peer, until release() or the end of the session.
     virtual bool hold(const Token& token) = 0;
     virtual void release(const Token& token) = 0;
+    /// The peer has read by it without asking.
+    virtual void took(const Token& token) = 0;
     /// Somebody waits for this grant: grant_came() whenever one of this name is made. True: one is here, made
     /// perhaps since it was asked for.
     virtual bool await(const Token& token) = 0;
@@ -165,6 +167,11 @@ class Session {
     void refuse(const Token& token, const std::string& reason, Time until, Time now);
     void post_hold(HoldPtr hold, Time now);
     void let_go(const HoldPtr& hold);
+    /// Whether a grant of the peer's that stands in the open may be read by this side itself. `counted`: one
+    /// read, without a lease, is all that there is.
+    bool may_take(const Token& token, bool counted);
+    /// All of its bytes were read so: it is done. In the place of post().
+    void took(const TransferPtr& transfer, bool counted, Time posted_at, Time now);
     /// Whose grants the peer may use; none before.
     void set_grants(GrantHost* grants) noexcept { grants_ = grants; }
     void grant_came(const Token& token, Time now);
@@ -399,6 +406,7 @@ class Session {
     void on_write(const Header& header, std::span<const std::byte> body, Time now);
     void on_hold(const Header& header, std::span<const std::byte> body, Time now);
     void on_held(const Header& header);
+    void on_took(std::span<const std::byte> body);
     void on_want_of_write(const Header& header, WantBody body, Time now);
     bool serve(const WaitingRead& read, Time now);
     bool serve(const WaitingWrite& write, Time now);
@@ -418,6 +426,8 @@ class Session {
     void deny(const WaitingWrite& write, AbortCode code, const std::string& reason, const Mismatch& mismatch);
     void stop_waiting_for_grants(Time now);
     void admitted_to(const Token& token);
+    void taken(const Token& token);
+    void no_longer_leased(const Hold& hold);
     std::optional<std::string> take_refusal(const Token& token, Time now);
     void pump_holds();
     void finish_hold(const HoldPtr& hold, Outcome outcome);
@@ -462,6 +472,9 @@ class Session {
     std::uint64_t next_hold_ = 1, last_hold_seen_ = 0;
     std::set<Token> admitted_;  // grants of the peer's that we were let in to
     std::deque<Token> admitted_in_order_;
+    std::map<Token, std::size_t> leased_;  // by how many of holds_ it is held
+    std::set<Token> taken_;                // by ourselves, as often as may be
+    std::deque<Token> taken_in_order_;
     std::unordered_set<std::uint64_t> late_;  // the peer's wants that we left; a word on each is to come
     std::uint64_t last_want_seen_ = 0, last_offer_seen_ = 0;
     std::size_t peer_charge_ = 0, answered_nbytes_ = 0;

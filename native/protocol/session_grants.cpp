@@ -123,6 +123,7 @@ void Session::let_go(const HoldPtr& hold) {
 }
 
 void Session::finish_hold(const HoldPtr& hold, Outcome outcome) {
+    no_longer_leased(*hold);
     hold->state = Hold::State::over;
     hold->outcome = std::move(outcome);
     finished_holds_.push_back(hold);
@@ -145,6 +146,7 @@ void Session::on_held(const Header& header) {
         throw Violation("a second HELD of one lease");
     } else {
         hold->state = Hold::State::held;
+        ++leased_[hold->token];
         admitted_to(hold->token);
     }
 }

@@ -41,6 +41,7 @@ void Session::receive(const Header& header, std::span<const std::byte> body, Tim
         case FrameType::write: on_write(header, body, now); break;
         case FrameType::hold: on_hold(header, body, now); break;
         case FrameType::held: on_held(header); break;
+        case FrameType::took: on_took(body); break;
         case FrameType::close:
             if (header.arg < 1 || header.arg > 3) {
                 throw Violation("a CLOSE's code is unknown");

@@ -53,6 +53,7 @@ class BookHost final : public GrantHost {
     }
     bool hold(const Token& token) override { return book.hold(token, reader); }
     void release(const Token& token) override { end(book.release(token, reader, 0)); }
+    void took(const Token& token) override { end(book.took(token, reader)); }
     bool await(const Token& token) override {
         awaited.insert(token);
         if (on_await) std::exchange(on_await, nullptr)();

@@ -115,7 +115,9 @@ class Memory {
         }
         content.assign(at, at + nbytes);
     }
-    SourceMemory source(std::uint64_t pool = 1) const { return {*plan, pool, segments, shared_}; }
+    SourceMemory source(std::uint64_t pool = 1) const {
+        return {*plan, {plan->shape(), pool, segments, shared_}};
+    }
 
     std::vector<memory::SharedSegment> segments;
     std::unique_ptr<memory::StreamPlan> plan;

@@ -301,6 +301,99 @@ TEST_CASE("a refusal before and after: the waiting side hears the reason") {
     g.expect_nothing_left();
 }
 
+namespace {
+
+// A read that asks nobody, as the engine does it.
+bool take(Granting& g, unsigned token, bool counted) {
+    const auto read = g.make(Role::destination, token);
+    if (!g.pair.b.session.may_take(read->use->token, counted)) return false;
+    g.pair.b.session.took(read, counted, 5, 9);
+    CHECK(read->finished);
+    CHECK(read->outcome.cause == Cause::ok);
+    CHECK(read->verified.nbytes() == read->nbytes);
+    g.run();
+    return true;
+}
+
+}  // namespace
+
+TEST_CASE("a read that asks nobody: the owner learns of it, and one is all that there is") {
+    Granting g;
+    const auto grant = grant_of(1), two = grant_of(2, GrantMode::read, 2),
+               standing = grant_of(3, GrantMode::read, 0);
+    for (const auto& one : {grant, two, standing}) g.host.add(one);
+    CHECK(take(g, 1, true));
+    CHECK(grant->state == GrantState::read);
+    CHECK_FALSE(take(g, 1, true));
+    CHECK(take(g, 2, true));
+    CHECK(two->state == GrantState::open);
+    CHECK(two->finished.size() == 1);
+    CHECK_FALSE(take(g, 2, true));
+    CHECK(take(g, 3, false));
+    CHECK(take(g, 3, false));
+    CHECK(standing->state == GrantState::open);
+    const auto read = g.read(1);  // what it asks for it hears
+    g.run();
+    CHECK(read->outcome.cause == Cause::grant_stale);
+    CHECK(g.pair.b.session.counters().receives_ok == 4);
+    g.expect_nothing_left();
+}
+
+TEST_CASE("with a lease as many as one likes; without it no more, nor after one that has asked") {
+    Granting g;
+    const auto grant = grant_of(1, GrantMode::read, 2);
+    g.host.add(grant);
+    const auto lease = g.hold(1), second = g.hold(1);
+    g.run();
+    CHECK(take(g, 1, true));
+    CHECK(take(g, 1, true));
+    CHECK(grant->finished.empty());
+    g.pair.b.session.let_go(lease);
+    g.run();
+    CHECK(take(g, 1, true));
+    g.pair.b.session.let_go(second);
+    CHECK_FALSE(take(g, 1, true));  // before the owner has read that, too
+    g.run();
+    CHECK(grant->finished.size() == 1);
+    g.host.end(grant);
+    const auto asked = grant_of(2, GrantMode::read, 2);
+    g.host.add(asked);
+    const auto read = g.read(2);
+    g.run();
+    CHECK(read->outcome.cause == Cause::ok);
+    CHECK_FALSE(take(g, 2, true));
+    g.host.end(asked);
+    g.expect_nothing_left();
+}
+
+TEST_CASE("nothing is taken of a session that isn't open, or whose words wait to be sent") {
+    Granting g;
+    g.host.add(grant_of(1));
+    g.pair.b.session.outbox().resize(600u << 10);
+    CHECK_FALSE(g.pair.b.session.may_take(token_of(1), false));
+    g.pair.b.session.outbox().clear();
+    CHECK(g.pair.b.session.may_take(token_of(1), false));
+    g.pair.b.session.lost(Cause::peer_lost, "reset", 1);
+    CHECK_FALSE(g.pair.b.session.may_take(token_of(1), false));
+}
+
+TEST_CASE("M: who says TOOK of what it wasn't given is let in as by a READ, or not at all") {
+    Granting g;
+    const auto another = grant_of(1), write = grant_of(2, GrantMode::write);
+    another->to = "another";
+    g.host.add(another);
+    g.host.add(write);
+    for (unsigned n = 1; n <= 3; ++n) {
+        g.pair.a.session.receive({.type = FrameType::took, .body_nbytes = 16}, encode_took(token_of(n)), 0);
+    }
+    g.run();
+    CHECK(another->state == GrantState::open);
+    CHECK(write->state == GrantState::open);
+    g.host.end(another);
+    g.host.end(write);
+    g.expect_nothing_left();
+}
+
 TEST_CASE("loss in every state: one outcome each, and no pool in use") {
     for (int state = 0; state < 5; ++state) {
         CAPTURE(state);

@@ -9,7 +9,7 @@
 
 using namespace kvt;
 using namespace kvt::test;
-using Copied = ShmLink::Copied;
+using backends::Copied;
 
 namespace {
 

@@ -34,8 +34,9 @@ def check(blocks: np.ndarray, of: list[int]) -> set[int]:
 class ChurningActor(Actor):
     """An Actor with an owner that never rests."""
 
-    def do_churn(self, token: str, count: int, nbytes: int, own: bool) -> None:
-        """Begin. own: memory that a peer on this host can map."""
+    def do_churn(self, token: str, count: int, nbytes: int, own: bool, named: bool) -> None:
+        """Begin. own: memory that a peer on this host can map. named: the grants are for the peer alone."""
+        self.grant_to = self.connection.peer if named else None
         self.blocks = words(count, nbytes)
         if own:
             self.own = self.endpoint.allocate(nbytes=count * nbytes)
@@ -52,7 +53,7 @@ class ChurningActor(Actor):
             pool.reuse(range(len(self.blocks)))
             self.generation += 1
             self.blocks[:] = self.names | np.uint64(self.generation)
-            pool.grant(None, token=token, readers=None)
+            pool.grant(None, token=token, readers=None, to=self.grant_to)
             if order.random() < 0.5:
                 pause.wait(order.random() * LONGEST_S)
 

@@ -178,6 +178,7 @@ TYPES = [
     "WRITE",
     "HOLD",
     "HELD",
+    "TOOK",
 ]
 
 

@@ -34,6 +34,7 @@ class Machine::Owner final : public GrantHost {
         machine_.ended(machine_.book_.release(token, kReader, machine_.clock_.now()));
         machine_.watch_grants();
     }
+    void took(const Token& token) override { machine_.ended(machine_.book_.took(token, kReader)); }
     bool await(const Token& token) override {
         machine_.awaited_.insert(token);
         return machine_.book_.find(token) != nullptr;
