@@ -17,6 +17,8 @@ import os
 import signal
 from typing import Any, Final
 
+import numpy as np
+
 from kvtransport import errors
 from kvtransport.config import Config
 from kvtransport.connection import Connection
@@ -106,9 +108,10 @@ class Actor:
         blocks: dict[str, int],
         form: dict[str, Any] | None = None,
         groups: dict[str, list[int]] | None = None,
+        allocated: bool = False,
     ) -> None:
         spec = Blocks(**blocks)
-        self.memory[name] = spec.memory()
+        self.memory[name] = [self._allocated(layer) if allocated else layer for layer in spec.memory()]
         views: list[Any] = list(spec.views(self.memory[name]))
         layout = None
         if form is not None:
@@ -272,6 +275,11 @@ class Actor:
 
     def do_messages_now(self) -> list[str]:
         return [data.hex() for _, data in self.endpoint.recv_messages()]
+
+    def _allocated(self, content: Bytes) -> Bytes:
+        made = np.frombuffer(self.endpoint.allocate(nbytes=len(content)), np.uint8)
+        made[:] = content
+        return made
 
     def _keep(self, name: str, handle: Handle[Any]) -> None:
         self.handles[name] = handle

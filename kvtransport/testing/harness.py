@@ -42,13 +42,15 @@ class Harness:
 
     backend: its name, as results give it. address: where the peer listens, "127.0.0.1:0" and the like.
     processes: the peer is a process of its own; without, checks that kill or fork it can't run.
-    config: settings of both endpoints, by name.
+    config: settings of both endpoints, by name. allocates, names_readers: of both sides, see Side.
     """
 
     backend: str
     address: str
     processes: bool = True
     config: dict[str, Any] = field(default_factory=dict)
+    allocates: bool = False
+    names_readers: bool = False
     _spare: ProcessSide | None = field(default=None, repr=False)
 
     def lacks(self, needs: frozenset[str]) -> frozenset[str]:
@@ -61,6 +63,8 @@ class Harness:
         here = LocalSide("here")
         peer = self._peer()
         settings = {"backends": [self.backend], **self.config, **config}
+        for side in (here, peer):
+            side.allocates, side.names_readers = self.allocates, self.names_readers
         ended = False
         try:
             here.call("start", config=settings)
@@ -127,11 +131,17 @@ class InprocHarness(Harness):
         return "inproc:" + str(peer.call("incarnation"))
 
 
+_SHM = {"backends": ["shm", "tcp"]}
+
+
 def harnesses() -> dict[str, Harness]:
     """Return a harness for each way that this version has, by name."""
     return {
         "tcp": Harness("tcp", "127.0.0.1:0"),
-        "shm": Harness("shm", "127.0.0.1:0", config={"backends": ["shm", "tcp"]}),
+        "shm": Harness("shm", "127.0.0.1:0", config=_SHM),
+        "shm, mapped and unasked": Harness(
+            "shm", "127.0.0.1:0", config=_SHM, allocates=True, names_readers=True
+        ),
         "unix": UnixHarness("tcp", "unix:"),
         "inproc": InprocHarness("inproc", "inproc:", processes=False),
     }

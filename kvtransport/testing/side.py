@@ -26,6 +26,10 @@ class Side(abc.ABC):
     """One end. Pools, gates and handles go by names; a transfer's key is its handle's name unless `key=` is given."""
 
     name = "side"
+    allocates = False
+    """Whether its pools lie in memory of `Endpoint.allocate`, which others may map; else in arrays of numpy's."""
+    names_readers = False
+    """Whether its grants are for the peer alone where the check doesn't say whom for."""
 
     @abc.abstractmethod
     def call(self, command: str, **arguments: Any) -> Any:
@@ -33,7 +37,7 @@ class Side(abc.ABC):
 
     def pool(self, name: str, blocks: Blocks, **options: Any) -> None:
         """Make memory and register it. form: a layout's fields; groups: {name: places of its layers}."""
-        self.call("pool", name=name, blocks=blocks.to_json(), **options)
+        self.call("pool", name=name, blocks=blocks.to_json(), allocated=self.allocates, **options)
 
     def fill(self, name: str, blocks: Blocks, value: int) -> None:
         """Rewrite every block of a pool."""
@@ -60,6 +64,8 @@ class Side(abc.ABC):
 
     def grant(self, handle: str, pool: str, ids: Any, **options: Any) -> str:
         """BlockPool.grant; return its token. to: "peer", or an incarnation in hexadecimal digits."""
+        if self.names_readers:
+            options.setdefault("to", "peer")
         return str(self.call("grant", handle=handle, pool=pool, ids=plain(ids), **options))
 
     def read(self, handle: str, token: str, pool: str, ids: Any, **options: Any) -> None:

@@ -70,7 +70,9 @@ def test_f15_rewritten_at_full_speed(nbytes, backend, protection, own, named):
         with linked_to(peer, **config) as here:
             peer.call("churn", token=token, count=COUNT, nbytes=nbytes, own=own, named=named)
             seen: Counter = Counter()
-            while not (seen["read"] and seen["StaleGrant"] + seen["PermissionDenied"]):  # the suite has a limit
+            while not (
+                seen["read"] and seen["StaleGrant"] + seen["PermissionDenied"]
+            ):  # the suite has a limit
                 seen += read_while_rewritten(here, token, nbytes, READS // 12)
             assert peer.call("rest") > 10
     finally:
