@@ -66,7 +66,8 @@ struct FoundGrant {
     std::shared_ptr<const protocol::PoolTerms> terms;
     bool every_block = false;  // then `blocks` is empty
     bool counted = false;
-    std::vector<memory::Ids> blocks;  // by group
+    std::vector<memory::Ids> blocks;   // by group
+    std::uint64_t at_once_nbytes = 0;  // that a thread which waits for nothing else may copy by itself
     /// Copies `from`, a stream of the grant's, to `to`, in the calling thread; while its path lives.
     virtual Copied copy(const memory::StreamPlan& from, const memory::StreamPlan& to) const = 0;
 };
@@ -88,6 +89,7 @@ class PathHost : public protocol::LaneHost {
     virtual std::optional<protocol::ChunkJob> next_chunk() = 0;
     virtual std::optional<protocol::ChunkTarget> next_copy() = 0;
     virtual bool has_payload() = 0;
+    virtual bool has_copies() = 0;
     virtual void heard() noexcept = 0;
     virtual void spoke() noexcept = 0;
     virtual void lose(protocol::Cause cause, const std::string& reason) = 0;

@@ -18,6 +18,9 @@ using protocol::Violation;
 
 namespace {
 
+// Some 100 us of copying: what the question to the owner and the wake-up of movers would take.
+constexpr std::uint64_t kMappedAtOnce = 2u << 20, kForeignAtOnce = 512u << 10;
+
 // Kept. As many ids as a board has room for: more than that is of grants that have ended, or a lie.
 constexpr std::size_t kMostFound = 1024, kMostFoundIds = kBoardIds;
 
@@ -134,6 +137,7 @@ std::shared_ptr<const ShmLink::FoundHere> ShmLink::find_on_board(const Token& to
     found->every_block = copy.every_block;
     found->counted = copy.counted;
     found->place = copy.place;
+    found->at_once_nbytes = pool->mapped ? kMappedAtOnce : kForeignAtOnce;
     found->pool_id = copy.pool;
     found->ids = copy.ids.size();
     if (!copy.every_block) {

@@ -5,6 +5,26 @@
 
 namespace kvt::backends {
 
+namespace {
+
+constexpr unsigned kCopiesInARow = 4;
+
+// Which path this thread drives.
+thread_local const ShmPath* driven_here = nullptr;
+
+class DrivenHere {
+  public:
+    explicit DrivenHere(const ShmPath* path) noexcept : before_(std::exchange(driven_here, path)) {}
+    ~DrivenHere() { driven_here = before_; }
+    DrivenHere(const DrivenHere&) = delete;
+    DrivenHere& operator=(const DrivenHere&) = delete;
+
+  private:
+    const ShmPath* const before_;
+};
+
+}  // namespace
+
 // One mover's share of the copying.
 class ShmPath::Copier final : public Runnable {
   public:
@@ -24,25 +44,15 @@ class ShmPath::Copier final : public Runnable {
         if (!target) {
             return false;
         }
-        std::shared_ptr<ShmLink> link;
-        {
-            const std::lock_guard lock(mutex_);
-            link = link_;
-        }
-        try {
-            copy(*host, link.get(), *target);
-        } catch (const protocol::Violation& violation) {
-            host->chunk_end(*target, {protocol::ChunkStatus::aborted}, false);
-            host->lose(protocol::Cause::protocol_error, violation.what());
-        } catch (const std::exception& here) {  // who ends the transfer waits for this copy
-            host->chunk_end(*target, {protocol::ChunkStatus::aborted}, false);
-            host->give_up(here);
-        }
-        host->settle();
-        if (link) {
-            link->act();
-        }
+        copy_one(*host, *target);
         return true;
+    }
+
+    /// For who is in the host.
+    void copy_one(const protocol::ChunkTarget& target) {
+        if (const auto host = host_.lock()) {
+            copy_one(*host, target);
+        }
     }
 
     void failed(const std::exception& why) override {
@@ -52,6 +62,27 @@ class ShmPath::Copier final : public Runnable {
     }
 
   private:
+    void copy_one(PathHost& host, const protocol::ChunkTarget& target) {
+        std::shared_ptr<ShmLink> link;
+        {
+            const std::lock_guard lock(mutex_);
+            link = link_;
+        }
+        try {
+            copy(host, link.get(), target);
+        } catch (const protocol::Violation& violation) {
+            host.chunk_end(target, {protocol::ChunkStatus::aborted}, false);
+            host.lose(protocol::Cause::protocol_error, violation.what());
+        } catch (const std::exception& here) {  // who ends the transfer waits for this copy
+            host.chunk_end(target, {protocol::ChunkStatus::aborted}, false);
+            host.give_up(here);
+        }
+        host.settle();
+        if (link) {
+            link->act();
+        }
+    }
+
     static void copy(PathHost& host, ShmLink* link, const protocol::ChunkTarget& target) {
         switch (link ? link->copy(*target.transfer, target.range) : Copied::broke) {
             case Copied::good: host.chunk_end(target, {}, true); break;
@@ -105,13 +136,43 @@ void ShmPath::forget_pool(std::uint64_t pool) {
     }
 }
 
+void ShmPath::wake_movers() {
+    for (std::size_t i = 0; i < movers_.size(); ++i) {
+        movers_[i]->enqueue(copiers_[i]);
+    }
+}
+
 void ShmPath::kick(std::uint64_t small_nbytes) {
-    if (link()) {
-        for (std::size_t i = 0; i < movers_.size(); ++i) {
-            movers_[i]->enqueue(copiers_[i]);
-        }
+    if (there_.load(std::memory_order_acquire) != nullptr) {
+        driven_here == this ? copy_here() : wake_movers();
     }
     stream_->kick(small_nbytes);
+}
+
+// A thread that waits copies what there is for itself: a mover would have to wake up for it. Where that is
+// more than one chunk movers come to help, and after some it goes back to the words of the peer.
+void ShmPath::copy_here() {
+    const DrivenHere not_again(nullptr);  // by what follows from a copy
+    bool woken = false;
+    for (unsigned i = 0; i < kCopiesInARow; ++i) {
+        const auto target = host_.next_copy();
+        if (!target) {
+            return;
+        }
+        if (!woken && host_.has_copies()) {
+            wake_movers();
+            woken = true;
+        }
+        copiers_.front()->copy_one(*target);
+    }
+    if (!woken && host_.has_copies()) {
+        wake_movers();
+    }
+}
+
+bool ShmPath::drive(const StopCondition& stop, int wake_fd, std::int64_t until) {
+    const DrivenHere here(this);
+    return stream_->drive(stop, wake_fd, until);
 }
 
 void ShmPath::quiesce(const protocol::TransferPtr& transfer) {

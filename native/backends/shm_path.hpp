@@ -31,9 +31,7 @@ class ShmPath final : public Path {
     void flush_control() override { stream_->flush_control(); }
     void kick(std::uint64_t small_nbytes) override;
     void quiesce(const protocol::TransferPtr& transfer) override;
-    bool drive(const StopCondition& stop, int wake_fd, std::int64_t until) override {
-        return stream_->drive(stop, wake_fd, until);
-    }
+    bool drive(const StopCondition& stop, int wake_fd, std::int64_t until) override;
     void read_last_words() override { stream_->read_last_words(); }
     void close() override;
 
@@ -50,6 +48,8 @@ class ShmPath final : public Path {
   private:
     class Copier;
     std::shared_ptr<ShmLink> link() const;
+    void wake_movers();
+    void copy_here();
 
     PathHost& host_;
     std::weak_ptr<PathHost> keep_host_;

@@ -90,6 +90,7 @@ std::shared_ptr<TransferHandle> Connection::post(PostArgs args) {
     if (is_lost() && !heir()) {
         throw NotUsable(lost_cause(), lost_reason());
     }
+    const bool queued = args.queue != nullptr;
     auto handle = make_handle(args);
     if (!args.pool->use()) {
         throw protocol::LocalViolation("the pool is closed");
@@ -97,7 +98,7 @@ std::shared_ptr<TransferHandle> Connection::post(PostArgs args) {
     std::shared_ptr<Connection> taker;
     try {
         claim(handle);
-        if (read_here(handle)) {
+        if (read_here(handle, queued)) {
             return handle;
         }
         taker = place(handle, args.pool->id());

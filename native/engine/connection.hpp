@@ -109,6 +109,7 @@ class Connection final : public backends::PathHost,
     std::optional<protocol::ChunkJob> next_chunk() override;
     std::optional<protocol::ChunkTarget> next_copy() override;
     bool has_payload() override;
+    bool has_copies() override;
     void heard() noexcept override;
     /// For how long nothing has come from the peer.
     protocol::Time silent_ns() const noexcept;
@@ -223,7 +224,7 @@ class Connection final : public backends::PathHost,
     std::shared_ptr<Connection> place(const std::shared_ptr<TransferHandle>& handle, std::uint64_t pool_id);
     void show(const GrantHandlePtr& grant, const std::shared_ptr<backends::Path>& way,
               const std::string& reader);
-    bool read_here(const std::shared_ptr<TransferHandle>& posted);
+    bool read_here(const std::shared_ptr<TransferHandle>& posted, bool queued);
     std::optional<memory::StreamPlan> plan_here(const backends::FoundGrant& grant,
                                                 const TransferHandle& handle);
     bool copy_here(const backends::FoundGrant& grant, const std::shared_ptr<TransferHandle>& posted);

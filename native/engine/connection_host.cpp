@@ -191,6 +191,11 @@ bool Connection::has_payload() {
     return session_.has_chunks() || session_.has_copies();
 }
 
+bool Connection::has_copies() {
+    const std::lock_guard lock(mutex_);
+    return session_.has_copies();
+}
+
 void Connection::heard() noexcept { heard_at_.store(monotonic_ns(), std::memory_order_relaxed); }
 
 Time Connection::silent_ns() const noexcept { return monotonic_ns() - heard_at_.load(); }

@@ -3,6 +3,7 @@
 //
 // Whatever stands in the way (no such grant there, another layout, positions that it hasn't, an end while the
 // bytes were copied) is the peer's to say: the read is then posted as any other.
+#include <algorithm>
 #include <utility>
 
 #include "base/clock.hpp"
@@ -18,8 +19,9 @@ using protocol::Time;
 
 namespace {
 
-// A post returns at once: as long as this takes to copy, some 25 us, is at once.
-constexpr std::uint64_t kReadHereNbytes = 256u << 10;
+// A post returns at once: as long as this takes to copy, some 25 us, is at once for whoever comes for the
+// result by another way. Who doesn't waits for it next, and may as well copy what it would wait for.
+constexpr std::uint64_t kAlwaysHere = 256u << 10, kMostHere = 2u << 20;
 
 bool fits(const FoundGrant& grant, const memory::StreamPlan& plan, const TransferHandle& handle) {
     protocol::Terms terms;
@@ -62,10 +64,10 @@ bool same_pieces(const memory::StreamPlan& a, const memory::StreamPlan& b) {
 }  // namespace
 
 // True: it is done.
-bool Connection::read_here(const std::shared_ptr<TransferHandle>& posted) {
+bool Connection::read_here(const std::shared_ptr<TransferHandle>& posted, bool queued) {
     const TransferHandle& handle = *posted;
     if (handle.role != protocol::Role::destination || handle.use == nullptr || handle.nbytes == 0 ||
-        handle.nbytes > kReadHereNbytes || !is_open()) {
+        handle.nbytes > (queued ? kAlwaysHere : kMostHere) || !is_open()) {
         return false;
     }
     const auto way = path();
@@ -74,7 +76,8 @@ bool Connection::read_here(const std::shared_ptr<TransferHandle>& posted) {
     }
     try {
         const auto grant = way->find_grant(handle.use->token);
-        return grant && copy_here(*grant, posted);
+        return grant && handle.nbytes <= std::max(kAlwaysHere, grant->at_once_nbytes) &&
+               copy_here(*grant, posted);
     } catch (const protocol::Violation& violation) {
         lose(protocol::Cause::protocol_error, violation.what());
         return false;

@@ -49,6 +49,7 @@ class Host final : public PathHost {
     std::optional<protocol::ChunkJob> next_chunk() override { return std::nullopt; }
     std::optional<protocol::ChunkTarget> next_copy() override { return std::nullopt; }
     bool has_payload() override { return false; }
+    bool has_copies() override { return false; }
     void heard() noexcept override {}
     void spoke() noexcept override {}
     void lose(Cause cause, const std::string& reason) override {
