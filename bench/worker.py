@@ -184,7 +184,7 @@ class End:
         source, here = (batch_ids(self.case, seed, side, count) for side in ("src", "dst"))
         self.arena.wipe()
         samples, ways = [], set()
-        for theirs, ours in zip(source, here, strict=True):
+        for theirs, ours in zip(source.tolist(), here.tolist(), strict=True):  # an engine's tables are lists
             began = time.perf_counter()
             result = self.read(token, theirs, ours).result(timeout=WAIT_S)
             samples.append((time.perf_counter() - began) * 1e6)

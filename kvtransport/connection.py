@@ -156,15 +156,30 @@ class Connection(Standing):
         """
         theirs = None if src_heads is None else _peer_slice(src_heads)
         total = -1.0 if timeout_s is None else _total(timeout_s)
-        own = (raw_of(token), subset, wait_grant_s, theirs, stall_timeout_s, total)
-        post = self._session.post_read
+        raw, post = raw_of(token), self._session.post_read
         if layers is not None or heads is not None or stream is not None or queue is not None:
+            own = (raw, subset, wait_grant_s, theirs, stall_timeout_s, total)
             return self._post(post, pool, block_ids, token, layers, heads, own, stream, queue, tag, True)
         try:  # the same, of the least: a small read takes some 2 us in all, and a frame is felt
             if self._error is not None or type(pool) is not BlockPool:
                 self._check(pool)
             pool.check()
-            native = post(pool.native, block_ids, token, None, None, *own, None, 0)
+            stall = stall_timeout_s
+            native = post(
+                pool.native,
+                block_ids,
+                token,
+                None,
+                None,
+                raw,
+                subset,
+                wait_grant_s,
+                theirs,
+                stall,
+                total,
+                None,
+                0,
+            )
         except KVTransportError as error:
             raise self._named(error) from None
         return Transfer(native, self._bridges, pool, token, tag, True)

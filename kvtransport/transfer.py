@@ -19,7 +19,7 @@ from kvtransport import _native
 from kvtransport.completion import LoopBridge, LoopBridges
 from kvtransport.errors import BackendUnavailable, ForkedProcessError, LocalProtocolError, WaitTimeout
 from kvtransport.memory.pool import BlockPool
-from kvtransport.seconds import FOREVER, to_wait
+from kvtransport.seconds import to_wait
 from kvtransport.types import LayerName, TransferResult, TransferState
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class Handle(abc.ABC, Generic[Outcome]):
         timeout: seconds; None: as long as it takes (its own limits bound that). WaitTimeout if it hasn't ended
         by then: it goes on, and may be asked again.
         """
-        if not self.native.wait(FOREVER if timeout is None else to_wait(timeout)):
+        if not self.native.wait(to_wait(timeout)):
             raise WaitTimeout(f"not done after {timeout} s; it goes on")
         return self._finished()
 
@@ -112,6 +112,15 @@ class Transfer(Handle[TransferResult]):
         self._by_token = by_token
         self._pool = pool
 
+    def result(self, timeout: float | None = None) -> TransferResult:
+        """Wait until it has ended; return its result or raise its error. See Handle."""
+        native = self.native
+        if not (native.done() or native.wait(to_wait(timeout))):
+            raise WaitTimeout(f"not done after {timeout} s; it goes on")
+        outcome = native.result()
+        assert outcome is not None  # for the type checker: transfers have one, messages haven't
+        return _tuple_of(TransferResult, outcome)
+
     @property
     def state(self) -> TransferState:
         """Where it stands."""
@@ -150,9 +159,7 @@ class Transfer(Handle[TransferResult]):
                 await bridge.ended(self.native)
 
     def _finished(self) -> TransferResult:
-        outcome = self.native.result()
-        assert outcome is not None  # for the type checker: transfers have one, messages haven't
-        return _tuple_of(TransferResult, outcome)
+        return self.result(0)
 
     def __repr__(self) -> str:
         """Key, state and progress."""

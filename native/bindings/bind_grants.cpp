@@ -86,8 +86,14 @@ PyTransfer post(PySession& self, Post common, PyPool& pool, const Use& use, doub
     // The peer's engine answers by itself, when the wait is over at the latest.
     const protocol::Time match = stall > protocol::kNever - wait ? protocol::kNever : stall + wait;
     args.limits = {match, stall, duration("timeout_s", total_s, true)};
-    auto handle = translate([&] { return self.connection->post(std::move(args)); });
-    return {self.engine, std::move(handle)};
+    PyTransfer made{self.engine};
+    translate([&] {
+        made.read = self.connection->read_now(args);
+        if (!made.read) {
+            made.transfer = self.connection->post(std::move(args));
+        }
+    });
+    return made;
 }
 
 void bind_uses(nb::class_<PySession> session) {

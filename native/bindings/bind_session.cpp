@@ -73,7 +73,7 @@ PyTransfer post_message(PySession& self, nb::bytes data, PyTransfer* after, PyQu
     require_alive(*self.engine);
     const auto* from = reinterpret_cast<const std::byte*>(data.c_str());
     protocol::Bytes bytes(from, from + data.size());
-    if (after != nullptr && !after->transfer) {
+    if (after != nullptr && !after->transfer && !after->read) {
         throw nb::type_error("after= takes a Transfer");
     }
     if (after != nullptr) {

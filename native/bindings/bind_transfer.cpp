@@ -17,7 +17,7 @@ nb::object exception_of(const PyTransfer& self) {
     if (!self.handle().done()) {
         return nb::none();
     }
-    if (self.result().outcome.cause == protocol::Cause::ok) {
+    if (self.read || self.result().outcome.cause == protocol::Cause::ok) {
         return nb::none();
     }
     require_alive(*self.engine);  // the error names the peer, which the connection's lock is for
@@ -27,7 +27,17 @@ nb::object exception_of(const PyTransfer& self) {
                           : error_of(*self.lease);
 }
 
+constexpr double seconds(std::int64_t ns) noexcept { return static_cast<double>(ns) / 1e9; }
+
+nb::object result_of_read(const engine::DoneRead& read) {
+    return nb::make_tuple(read.nbytes(), seconds(read.seconds_ns()), read.backend(), read.blocks(),
+                          read.merged_runs(), 1, 0, seconds(read.seconds_ns()), 0.0, nb::bytes("", 0));
+}
+
 nb::object result_of(const PyTransfer& self) {
+    if (self.read) {
+        return result_of_read(*self.read);
+    }
     if (!self.handle().done()) {
         raise("LocalProtocolError", "the result was asked for before the operation ended");
     }
@@ -41,7 +51,6 @@ nb::object result_of(const PyTransfer& self) {
     }
     const engine::Result& r = self.result();
     const std::uint64_t runs = self.transfer ? self.transfer->merged_runs() : 0;
-    const auto seconds = [](std::int64_t ns) { return static_cast<double>(ns) / 1e9; };
     return nb::make_tuple(r.nbytes, seconds(r.seconds_ns), r.backend, r.blocks, runs, r.chunks,
                           r.resumed_nbytes, seconds(r.wire_ns), seconds(r.queued_ns),
                           nb::bytes(r.meta.data(), r.meta.size()));
@@ -83,14 +92,19 @@ bool wait(const PyTransfer& self, double timeout_s) {
 
 bool wait_layer(const PyTransfer& self, std::uint32_t layer, double timeout_s) {
     using LayerState = engine::Connection::LayerState;
-    if (!self.transfer) {
+    if (!self.transfer && !self.read) {
         throw nb::type_error("only a transfer has layers");
+    }
+    if (self.read && self.read->has_layer(layer)) {
+        return true;
     }
     const std::int64_t until = until_of(timeout_s);
     for (;;) {
         require_alive(*self.engine);
         LayerState state{};
-        {
+        if (self.read) {
+            state = LayerState::unknown;
+        } else {
             const Calling here(self.engine->callers);
             state = translate([&] { return self.connection()->wait_layer(self.transfer, layer, until); });
         }
@@ -178,7 +192,21 @@ std::string state_of(const PyTransfer& self) {
     if (!self.handle().done()) {
         return "posted";
     }
+    if (self.read) {
+        return "done";
+    }
     return self.result().outcome.cause == protocol::Cause::ok ? "done" : "failed";
+}
+
+std::pair<std::uint64_t, std::uint64_t> progress_of(const PyTransfer& self) {
+    require_alive(*self.engine);
+    if (self.read) {
+        return std::make_pair(self.read->nbytes(), self.read->nbytes());
+    }
+    if (!self.transfer) {
+        return std::make_pair(std::uint64_t{0}, std::uint64_t{0});
+    }
+    return self.transfer->connection()->progress_of(*self.transfer);
 }
 
 }  // namespace
@@ -204,14 +232,7 @@ void bind_transfer(nb::module_& m) {
                  }
              })
         .def("state", &state_of)
-        .def("progress",
-             [](const PyTransfer& self) {
-                 require_alive(*self.engine);
-                 if (!self.transfer) {
-                     return std::make_pair(std::uint64_t{0}, std::uint64_t{0});
-                 }
-                 return self.transfer->connection()->progress_of(*self.transfer);
-             })
+        .def("progress", &progress_of)
         .def("wait_layer", &wait_layer, nb::arg("layer"), nb::arg("timeout_s"))
         .def(
             "subscribe",

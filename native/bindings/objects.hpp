@@ -45,25 +45,27 @@ struct PyPool {
 /// The handle of a transfer, a message, a grant or a lease.
 struct PyTransfer {
     EnginePtr engine;
-    std::shared_ptr<engine::TransferHandle> transfer = nullptr;  // one of the four
+    std::shared_ptr<engine::TransferHandle> transfer = nullptr;  // one of the five
     std::shared_ptr<engine::MessageHandle> message = nullptr;
     std::shared_ptr<engine::GrantHandle> grant = nullptr;
     std::shared_ptr<engine::LeaseHandle> lease = nullptr;
+    std::shared_ptr<engine::DoneRead> read = nullptr;
 
     engine::Handle& handle() const noexcept {
         return transfer  ? static_cast<engine::Handle&>(*transfer)
                : message ? static_cast<engine::Handle&>(*message)
                : grant   ? static_cast<engine::Handle&>(*grant)
-                         : static_cast<engine::Handle&>(*lease);
+               : lease   ? static_cast<engine::Handle&>(*lease)
+                         : static_cast<engine::Handle&>(*read);
     }
-    /// Once it is done.
+    /// Once it is done; not of a read that always was.
     const engine::Result& result() const noexcept {
         return transfer  ? transfer->result
                : message ? message->result
                : grant   ? grant->result
                          : lease->result;
     }
-    /// Null for a grant, which is no connection's.
+    /// Null for a grant, which is no connection's, and for what was done from the beginning.
     std::shared_ptr<engine::Connection> connection() const {
         return transfer  ? transfer->connection()
                : message ? message->connection()

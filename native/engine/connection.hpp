@@ -17,6 +17,7 @@
 
 #include "backends/path.hpp"
 #include "base/fd.hpp"
+#include "engine/done_read.hpp"
 #include "engine/gate.hpp"
 #include "engine/grants.hpp"
 #include "engine/handle.hpp"
@@ -47,6 +48,7 @@ struct PostArgs {
     protocol::Limits limits;
     std::shared_ptr<Queue> queue;
     std::uint64_t tag = 0;
+    std::shared_ptr<const memory::StreamPlan> plan;  // of them, once made
 };
 
 class Connection final : public backends::PathHost,
@@ -68,6 +70,8 @@ class Connection final : public backends::PathHost,
     /// Takes over what was posted on a connection that never opened, and ends that one.
     void adopt(const std::shared_ptr<Connection>& other);
     std::shared_ptr<TransferHandle> post(PostArgs args);
+    /// A read that needs nobody is done at once; null: to be posted. Throws as post() does.
+    std::shared_ptr<DoneRead> read_now(PostArgs& args);
     std::shared_ptr<MessageHandle> post_message(protocol::Bytes data, std::shared_ptr<TransferHandle> after,
                                                 std::shared_ptr<Queue> queue, std::uint64_t tag);
     std::shared_ptr<LeaseHandle> hold(const protocol::Token& token, std::uint32_t wait_ms,
@@ -224,10 +228,10 @@ class Connection final : public backends::PathHost,
     std::shared_ptr<Connection> place(const std::shared_ptr<TransferHandle>& handle, std::uint64_t pool_id);
     void show(const GrantHandlePtr& grant, const std::shared_ptr<backends::Path>& way,
               const std::string& reader);
-    bool read_here(const std::shared_ptr<TransferHandle>& posted, bool queued);
-    std::optional<memory::StreamPlan> plan_here(const backends::FoundGrant& grant,
-                                                const TransferHandle& handle);
-    bool copy_here(const backends::FoundGrant& grant, const std::shared_ptr<TransferHandle>& posted);
+    const memory::StreamPlan& plan(PostArgs& args);
+    std::optional<memory::StreamPlan> plan_now(const backends::FoundGrant& grant, const PostArgs& args);
+    std::shared_ptr<DoneRead> copy_now(const backends::FoundGrant& grant, PostArgs& args,
+                                       const char* backend);
     void settle(std::uint64_t small_nbytes);
     bool settle_once(std::uint64_t small_nbytes);
     bool has_output() const;

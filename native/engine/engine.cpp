@@ -262,24 +262,32 @@ bool Engine::close_pool(const std::shared_ptr<Pool>& pool, std::int64_t until) {
 
 // ---- claims
 
-void Engine::claim(TransferHandle& handle) {
+void Engine::claim(TransferHandle& handle) { handle.claim_id = claim(handle.key, handle.shared_plan()); }
+
+std::uint64_t Engine::claim(const std::string& key, std::shared_ptr<const memory::StreamPlan> plan) {
     std::uint64_t owner = 0;
     {
         const std::lock_guard lock(claims_mutex_);
         owner = next_claim_++;
-        claimants_.emplace(owner, &handle);
+        claimants_.emplace(owner, &key);
     }
-    const auto conflict = busy_.claim(owner, handle.shared_plan());
-    if (!conflict) {
-        handle.claim_id = owner;
-        return;
+    const auto conflict = busy_.claim(owner, std::move(plan));
+    if (conflict) {
+        {
+            const std::lock_guard lock(claims_mutex_);
+            claimants_.erase(owner);
+        }
+        refuse(conflict);
     }
+    return owner;
+}
+
+void Engine::refuse(const memory::BusyTable::Conflict& conflict) {
     std::string other;
     {
         const std::lock_guard lock(claims_mutex_);
-        claimants_.erase(owner);
         if (const auto known = claimants_.find(conflict.owner); known != claimants_.end()) {
-            other = known->second->key;
+            other = *known->second;
         }
     }
     const std::string where = "block " + std::to_string(conflict.block_id) + " of layer '" + conflict.layer +
@@ -290,14 +298,35 @@ void Engine::claim(TransferHandle& handle) {
     throw protocol::LocalViolation(where + " is being received by the transfer with key '" + other + "'");
 }
 
-void Engine::release(TransferHandle& handle) noexcept {
-    if (handle.claim_id == 0) {
+// So little is copied sooner than a claim is written down and taken out again: others wait for it.
+void Engine::while_claimed(const std::string& key, const std::shared_ptr<const memory::StreamPlan>& plan,
+                           const std::function<void()>& work) {
+    constexpr std::uint64_t kLittle = 16u << 10;
+    if (plan->nbytes() <= kLittle) {
+        if (const auto conflict = busy_.during(plan, work)) {
+            refuse(conflict);
+        }
         return;
     }
-    busy_.release(handle.claim_id);
+    struct Claimed {
+        ~Claimed() { engine.release(id); }
+        Engine& engine;
+        const std::uint64_t id;
+    };
+    const Claimed claimed{*this, claim(key, plan)};
+    work();
+}
+
+void Engine::release(TransferHandle& handle) noexcept {
+    if (handle.claim_id != 0) {
+        release(std::exchange(handle.claim_id, 0));
+    }
+}
+
+void Engine::release(std::uint64_t claim) noexcept {
+    busy_.release(claim);
     const std::lock_guard lock(claims_mutex_);
-    claimants_.erase(handle.claim_id);
-    handle.claim_id = 0;
+    claimants_.erase(claim);
 }
 
 // ---- the reactor's turn

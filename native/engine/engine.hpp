@@ -9,6 +9,7 @@
 #include <condition_variable>
 #include <cstdint>
 #include <deque>
+#include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -81,6 +82,9 @@ class Engine {
     // For connections.
     void claim(TransferHandle& handle);
     void release(TransferHandle& handle) noexcept;
+    /// Does `work` while the plan's bytes are claimed; throws as claim() does. `key` names who has them.
+    void while_claimed(const std::string& key, const std::shared_ptr<const memory::StreamPlan>& plan,
+                       const std::function<void()>& work);
     void need_by(protocol::Time deadline, const std::shared_ptr<Connection>& gated);
     void lost(const std::shared_ptr<Connection>& connection, protocol::Cause cause,
               const std::string& reason);
@@ -111,6 +115,9 @@ class Engine {
     protocol::Time turn();
 
   private:
+    std::uint64_t claim(const std::string& key, std::shared_ptr<const memory::StreamPlan> plan);
+    void release(std::uint64_t claim) noexcept;
+    [[noreturn]] void refuse(const memory::BusyTable::Conflict& conflict);
     void stop_threads();
     void wait_for_visitors();
     protocol::Time tick_all(protocol::Time now, bool heartbeat, bool resumed);
@@ -134,7 +141,7 @@ class Engine {
 
     memory::BusyTable busy_;
     std::mutex claims_mutex_;
-    std::unordered_map<std::uint64_t, const TransferHandle*> claimants_;  // until release()
+    std::unordered_map<std::uint64_t, const std::string*> claimants_;  // their keys, until release()
 
     std::atomic<protocol::Time> next_deadline_{protocol::kNever}, planned_{0};
     protocol::Time next_heartbeat_ = 0, next_gate_poll_ = 0;

@@ -40,6 +40,23 @@ IdsPtr some(const GrantedBlocks& granted, std::size_t group, const memory::Ids& 
 
 }  // namespace
 
+IdsPtr ids_of(const GrantedBlocks& granted, std::size_t group, const memory::Ids* positions) {
+    return positions ? some(granted, group, *positions) : whole(granted, group);
+}
+
+Terms terms_of(const memory::StreamPlan& plan) {
+    Terms terms;
+    const std::size_t groups = plan.shape()->groups().size();
+    for (std::uint32_t i = 0; i < groups; ++i) {
+        terms.groups.push_back(
+            {static_cast<std::uint16_t>(i), static_cast<std::uint32_t>(plan.ids(i).size())});
+    }
+    for (std::size_t i = 0; i < plan.layer_count(); ++i) {
+        terms.layers.push_back({static_cast<std::uint16_t>(plan.layer(i)), plan.piece_nbytes(i)});
+    }
+    return terms;
+}
+
 std::optional<std::vector<std::uint32_t>> layers_for(const Terms& terms, const PoolTerms& theirs,
                                                      const PoolTerms& owners, protocol::Mismatch& mismatch) {
     std::vector<std::uint32_t> layers;

@@ -25,12 +25,20 @@ struct GrantedBlocks {
     const memory::PoolShape& shape;       // the pool's
 };
 
+/// A stream in the words that the two sides compare; all but the pool.
+protocol::Terms terms_of(const memory::StreamPlan& plan);
+
 /// Which of the owner's layers the user's stand for, in their order: by name where both pools have names,
 /// else by place. Nothing, with what is missing, where there is none.
 std::optional<std::vector<std::uint32_t>> layers_for(const protocol::Terms& terms,
                                                      const protocol::PoolTerms& theirs,
                                                      const protocol::PoolTerms& owners,
                                                      protocol::Mismatch& mismatch);
+
+/// The owner's block ids of one group: those at these positions of what is granted, or all. Throws
+/// NotGranted.
+std::shared_ptr<const memory::Ids> ids_of(const GrantedBlocks& granted, std::size_t group,
+                                          const memory::Ids* positions);
 
 /// The owner's block ids by group, for the positions that the user names of its own groups. Throws
 /// NotGranted.

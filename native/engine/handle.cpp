@@ -3,6 +3,7 @@
 #include <utility>
 
 #include "engine/connection.hpp"
+#include "engine/grant_plan.hpp"
 
 namespace kvt::engine {
 
@@ -15,13 +16,8 @@ TransferHandle::TransferHandle(std::shared_ptr<Connection> connection, std::shar
     : connection_(std::move(connection)), block_pool_(std::move(block_pool)), plan_(std::move(plan)) {
     pool = &block_pool_->terms();
     nbytes = plan_->nbytes();
-    const auto& groups = plan_->shape()->groups();
-    for (std::size_t i = 0; i < groups.size(); ++i) {
-        const auto& ids = plan_->ids(static_cast<std::uint32_t>(i));
-        terms.groups.push_back({static_cast<std::uint16_t>(i), static_cast<std::uint32_t>(ids.size())});
-    }
+    terms = terms_of(*plan_);
     for (std::size_t i = 0; i < plan_->layer_count(); ++i) {
-        terms.layers.push_back({static_cast<std::uint16_t>(plan_->layer(i)), plan_->piece_nbytes(i)});
         spans.push_back({{plan_->layer_begin(i), plan_->layer_end(i)}, plan_->layer(i)});
     }
 }
@@ -31,17 +27,6 @@ TransferHandle::~TransferHandle() = default;
 std::uint64_t TransferHandle::runs(std::uint64_t begin, std::uint64_t end, iovec* out, std::size_t most,
                                    std::size_t& count) const {
     return plan_->runs(begin, end, out, most, count);
-}
-
-std::uint64_t TransferHandle::merged_runs() const {
-    std::uint64_t total = 0, at = 0;
-    while (at < nbytes) {
-        iovec out[64];
-        std::size_t count = 0;
-        at = plan_->runs(at, nbytes, out, std::size(out), count);
-        total += count;
-    }
-    return total;
 }
 
 void TransferHandle::reorder(const std::vector<std::uint32_t>& positions) {

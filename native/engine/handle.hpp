@@ -41,7 +41,7 @@ class TransferHandle final : public protocol::Transfer, public Handle {
     void reorder(const std::vector<std::uint32_t>& positions) override;
     std::optional<protocol::Bytes> locate() override;
     /// Contiguous runs of memory that the whole stream is; walks them all.
-    std::uint64_t merged_runs() const;
+    std::uint64_t merged_runs() const { return memory::count_runs(*plan_); }
 
     std::shared_ptr<Connection> connection() const {
         const std::lock_guard lock(connection_mutex_);

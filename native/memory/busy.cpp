@@ -196,18 +196,30 @@ void BusyTable::remove_pool(const PoolShape* pool) {
     }
 }
 
-BusyTable::Conflict BusyTable::claim(std::uint64_t owner, std::shared_ptr<const StreamPlan> plan) {
-    const std::lock_guard lock(mutex_);
-    const PoolShape* pool = plan->shape().get();
+// Under the lock: what is in the way of a claim, whose holding is filled.
+BusyTable::Conflict BusyTable::find(Claim& claim) {
+    const PoolShape* pool = claim.plan->shape().get();
     if (std::find(pools_.begin(), pools_.end(), pool) == pools_.end())
         throw std::logic_error("the pool of this transfer is not registered, or closed");
-    auto fresh = std::make_unique<Claim>(Claim{owner, std::move(plan), {}});
-    if (auto conflict = hold(index_->map, *index_->map.find(pool), owner, *fresh->plan, fresh->holding))
+    if (auto conflict = hold(index_->map, *index_->map.find(pool), claim.owner, *claim.plan, claim.holding))
         return conflict;
-    auto conflict = index_->find_by_slot(*fresh);
-    if (!conflict) conflict = index_->find_by_address(*fresh);
-    if (conflict) return conflict;
+    auto conflict = index_->find_by_slot(claim);
+    return conflict ? conflict : index_->find_by_address(claim);
+}
 
+BusyTable::Conflict BusyTable::during(std::shared_ptr<const StreamPlan> plan,
+                                      const std::function<void()>& work) {
+    Claim claim{0, std::move(plan), {}};
+    const std::lock_guard lock(mutex_);
+    auto conflict = find(claim);
+    if (!conflict) work();
+    return conflict;
+}
+
+BusyTable::Conflict BusyTable::claim(std::uint64_t owner, std::shared_ptr<const StreamPlan> plan) {
+    const std::lock_guard lock(mutex_);
+    auto fresh = std::make_unique<Claim>(Claim{owner, std::move(plan), {}});
+    if (auto conflict = find(*fresh)) return conflict;
     auto& of_owner = claims_[owner];
     of_owner.reserve(of_owner.size() + 1);
     index_->add(*fresh, fresh->holding);

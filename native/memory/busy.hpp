@@ -16,6 +16,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -50,6 +51,9 @@ class BusyTable {
     // Throws std::logic_error if the plan's pool was not added or has been removed, std::length_error if an
     // irregular claim has more than 64 Mi runs.
     Conflict claim(std::uint64_t owner, std::shared_ptr<const StreamPlan> plan);
+    // Does `work`, which is over in a moment, while nobody else may claim; not where claim() would find a
+    // conflict. Throws as claim() does, and what `work` throws.
+    Conflict during(std::shared_ptr<const StreamPlan> plan, const std::function<void()>& work);
     // Everything that this owner has claimed; nothing if it has claimed nothing.
     void release(std::uint64_t owner) noexcept;
 
@@ -57,6 +61,7 @@ class BusyTable {
     struct Claim;
     struct Index;  // arenas, and what the live claims hold of them
 
+    Conflict find(Claim& claim);
     bool in_use(const PoolShape* pool) const noexcept;
     void rebuild();
 

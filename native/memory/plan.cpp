@@ -3,6 +3,7 @@
 #include "memory/plan.hpp"
 
 #include <algorithm>
+#include <iterator>
 #include <stdexcept>
 
 namespace kvt::memory {
@@ -185,6 +186,17 @@ std::uint64_t StreamPlan::walk_many(const Row& row, std::uint64_t at, std::uint6
             within = 0;
         }
     return at;
+}
+
+std::uint64_t count_runs(const StreamPlan& plan) {
+    std::uint64_t total = 0, at = 0;
+    while (at < plan.nbytes()) {
+        iovec out[64];
+        std::size_t count = 0;
+        at = plan.runs(at, plan.nbytes(), out, std::size(out), count);
+        total += count;
+    }
+    return total;
 }
 
 }  // namespace kvt::memory

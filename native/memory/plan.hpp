@@ -122,4 +122,7 @@ class StreamPlan {
     std::uint64_t nbytes_ = 0, pieces_ = 0, blocks_ = 0;
 };
 
+// Contiguous runs of memory that the whole stream is; walks them all.
+std::uint64_t count_runs(const StreamPlan& plan);
+
 }  // namespace kvt::memory

@@ -170,8 +170,8 @@ class Session {
     /// Whether a grant of the peer's that stands in the open may be read by this side itself. `counted`: one
     /// read, without a lease, is all that there is.
     bool may_take(const Token& token, bool counted);
-    /// All of its bytes were read so: it is done. In the place of post().
-    void took(const TransferPtr& transfer, bool counted, Time posted_at, Time now);
+    /// So many bytes were read so, all that were asked for.
+    void took(const Token& token, std::uint64_t nbytes, bool counted);
     /// Whose grants the peer may use; none before.
     void set_grants(GrantHost* grants) noexcept { grants_ = grants; }
     void grant_came(const Token& token, Time now);

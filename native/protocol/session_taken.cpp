@@ -24,22 +24,14 @@ bool Session::may_take(const Token& token, bool counted) {
     return true;
 }
 
-void Session::took(const TransferPtr& transfer, bool counted, Time posted_at, Time now) {
-    const Token& token = transfer->use->token;
+void Session::took(const Token& token, std::uint64_t nbytes, bool counted) {
     if (counted) {
         taken(token);
         if (!lost_) {
             send({.type = FrameType::took}, encode_took(token));
         }
     }
-    transfer->posted_at = transfer->first_byte_at = posted_at;
-    transfer->over_at = now;
-    transfer->state = State::over;
-    transfer->outcome = {Cause::ok, Delivered::yes, {}, {}};
-    transfer->finished = transfer->located = transfer->pulls = true;
-    transfer->copies = 1;
-    transfer->verified.add({0, transfer->nbytes});
-    counters_.bytes_in += transfer->nbytes;
+    counters_.bytes_in += nbytes;
     ++counters_.receives_ok;
 }
 

@@ -305,12 +305,8 @@ namespace {
 
 // A read that asks nobody, as the engine does it.
 bool take(Granting& g, unsigned token, bool counted) {
-    const auto read = g.make(Role::destination, token);
-    if (!g.pair.b.session.may_take(read->use->token, counted)) return false;
-    g.pair.b.session.took(read, counted, 5, 9);
-    CHECK(read->finished);
-    CHECK(read->outcome.cause == Cause::ok);
-    CHECK(read->verified.nbytes() == read->nbytes);
+    if (!g.pair.b.session.may_take(token_of(token), counted)) return false;
+    g.pair.b.session.took(token_of(token), 4096, counted);
     g.run();
     return true;
 }

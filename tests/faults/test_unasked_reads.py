@@ -8,7 +8,7 @@ from tests.faults.peers import CHUNK, IDS, OF, TO, Through, stopped
 from tests.waiting import until
 
 FEW = [0, 1]
-MANY = [*IDS, *IDS]  # more than the calling thread copies by itself
+MANY = [*IDS] * 4  # more than the calling thread copies by itself
 
 
 @pytest.fixture(params=[True, False], ids=["mapped", "by process_vm_readv"])

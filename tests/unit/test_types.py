@@ -1,15 +1,12 @@
 """The plain values: immutable, in the order that the native core fills them, printable."""
 
-import dataclasses
-
 import pytest
 
 from kvtransport.types import Peer, TransferResult
 
 
 def test_result_fields_are_the_design_s() -> None:
-    names = [field.name for field in dataclasses.fields(TransferResult)]
-    assert names == [
+    assert list(TransferResult._fields) == [
         "nbytes",
         "seconds",
         "backend",
@@ -25,7 +22,7 @@ def test_result_fields_are_the_design_s() -> None:
 
 def test_result_is_immutable() -> None:
     result = TransferResult(1, 0.5, "tcp", 1, 1, 1, 0, 0.1, 0.0, b"")
-    with pytest.raises(dataclasses.FrozenInstanceError):
+    with pytest.raises(AttributeError):
         result.nbytes = 2  # type: ignore[misc]
 
 
