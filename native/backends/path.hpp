@@ -51,6 +51,9 @@ class Publication : public protocol::Loan {
   public:
     /// Nothing where it has ended before, or finds no room: then the peer asks.
     virtual void publish(const OpenGrant& grant) = 0;
+    /// By which the peer knows what it was shown from what else had or will have its token; 0: it wasn't
+    /// shown.
+    virtual std::uint64_t mark() const = 0;
 };
 
 enum class Copied {
@@ -66,6 +69,7 @@ struct FoundGrant {
     std::shared_ptr<const protocol::PoolTerms> terms;
     bool every_block = false;  // then `blocks` is empty
     bool counted = false;
+    std::uint64_t mark = 0;            // see Publication
     std::vector<memory::Ids> blocks;   // by group
     std::uint64_t at_once_nbytes = 0;  // that a thread which waits for nothing else may copy by itself
     /// Copies `from`, a stream of the grant's, to `to`, in the calling thread; while its path lives.

@@ -24,6 +24,9 @@ constexpr std::uint64_t kMappedAtOnce = 2u << 20, kForeignAtOnce = 512u << 10;
 // Kept. As many ids as a board has room for: more than that is of grants that have ended, or a lie.
 constexpr std::size_t kMostFound = 1024, kMostFoundIds = kBoardIds;
 
+// Unique on a board: a slot's generation is of one grant.
+std::uint64_t mark_of(GrantPlace place) { return place.generation * kBoardGrants + place.slot; }
+
 }  // namespace
 
 // The link may go before the grant does: then there is nobody whom the end would be news for.
@@ -38,6 +41,10 @@ class ShmLink::Published final : public Publication {
             place_ = link->publish(grant);
         }
     }
+    std::uint64_t mark() const override {
+        const std::lock_guard lock(mutex_);
+        return place_ ? mark_of(*place_) : 0;
+    }
     void end() noexcept override {
         const std::lock_guard lock(mutex_);
         over_ = true;
@@ -49,7 +56,7 @@ class ShmLink::Published final : public Publication {
 
   private:
     const std::weak_ptr<ShmLink> link_;
-    std::mutex mutex_;
+    mutable std::mutex mutex_;
     bool over_ = false;
     std::optional<GrantPlace> place_;
 };
@@ -137,6 +144,7 @@ std::shared_ptr<const ShmLink::FoundHere> ShmLink::find_on_board(const Token& to
     found->every_block = copy.every_block;
     found->counted = copy.counted;
     found->place = copy.place;
+    found->mark = mark_of(copy.place);
     found->at_once_nbytes = pool->mapped ? kMappedAtOnce : kForeignAtOnce;
     found->pool_id = copy.pool;
     found->ids = copy.ids.size();

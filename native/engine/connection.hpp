@@ -146,7 +146,7 @@ class Connection final : public backends::PathHost,
     Service serve_write(const protocol::WriteBody& write, const protocol::PoolTerms& theirs) override;
     bool hold(const protocol::Token& token) override;
     void release(const protocol::Token& token) override;
-    void took(const protocol::Token& token) override;
+    void took(const protocol::TookBody& what) override;
     bool await(const protocol::Token& token) override;
     void await_no_more(const protocol::Token& token) override;
 

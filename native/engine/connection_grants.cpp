@@ -125,7 +125,7 @@ bool Connection::hold(const Token& token) {
 
 void Connection::release(const Token& token) { engine_.grants().release(token, reader_); }
 
-void Connection::took(const Token& token) { engine_.grants().took(token, reader_); }
+void Connection::took(const protocol::TookBody& what) { engine_.grants().took(what, reader_); }
 
 bool Connection::await(const Token& token) { return engine_.grants().await(token, shared_from_this()); }
 

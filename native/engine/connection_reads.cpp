@@ -118,7 +118,7 @@ std::shared_ptr<DoneRead> Connection::copy_now(const FoundGrant& grant, PostArgs
     const Time over = monotonic_ns();
     {
         const std::lock_guard lock(mutex_);
-        session_.took(args.use->token, to.nbytes(), grant.counted);
+        session_.took({args.use->token, grant.mark}, to.nbytes(), grant.counted);
     }
     count(Operation::read, protocol::Cause::ok, to.nbytes(), over - began);
     const auto read = std::make_shared<DoneRead>(args.plan, backend, over - began);

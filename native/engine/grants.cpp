@@ -371,16 +371,21 @@ void Grants::end_all(const Loans& loans) noexcept {
     }
 }
 
-void Grants::took(const Token& token, const std::string& reader) {
+void Grants::took(const protocol::TookBody& what, const std::string& reader) {
     Ended ended;
     Loans hidden;
     {
         const std::lock_guard lock(mutex_);
-        const GrantPtr grant = book_.find(token);
-        if (const GrantPtr over = book_.took(token, reader)) {
+        const GrantPtr found = book_.find(what.token);
+        const GrantHandlePtr grant = found ? handle_of(found) : nullptr;
+        const auto it = [&](const auto& one) { return one.reader == reader && one.as->mark() == what.mark; };
+        if (grant == nullptr || std::none_of(grant->shown.begin(), grant->shown.end(), it)) {
+            return;  // it was of one that has ended
+        }
+        if (const GrantPtr over = book_.over(grant, reader, true)) {
             ended.push_back(over);
-        } else if (grant) {
-            hidden = hidden_from(*handle_of(grant), reader);
+        } else {
+            hidden = hidden_from(*grant, reader);
         }
     }
     end_all(hidden);

@@ -40,7 +40,7 @@ class GrantHandle final : public protocol::Grant, public Handle {
     struct Shown {
         std::string reader;
         std::weak_ptr<Connection> to;
-        std::shared_ptr<protocol::Loan> as;
+        std::shared_ptr<backends::Publication> as;
     };
     std::vector<Shown> shown;
     std::unordered_map<std::string, std::weak_ptr<Connection>> holders;  // by reader
@@ -81,7 +81,7 @@ class Grants final : public Runnable, public std::enable_shared_from_this<Grants
     bool lend(const GrantHandlePtr& grant, const std::shared_ptr<protocol::Loan>& loan);
     void served(const TransferHandle& transfer, const std::string& reader);
     /// The reader has read by itself what it was shown.
-    void took(const protocol::Token& token, const std::string& reader);
+    void took(const protocol::TookBody& what, const std::string& reader);
     /// Whether the reader may find the grant by itself, and isn't shown it yet.
     bool may_show(const GrantHandle& grant, const std::string& reader, const Connection& to) const;
     /// Said before it is. False: it has ended.
@@ -110,7 +110,7 @@ class Grants final : public Runnable, public std::enable_shared_from_this<Grants
     void retire(const GrantHandlePtr& grant);
     void count(protocol::GrantState state);
     void end_loans(GrantHandle& grant);
-    using Loans = std::vector<std::shared_ptr<protocol::Loan>>;
+    using Loans = std::vector<std::shared_ptr<backends::Publication>>;
     static Loans hidden_from(GrantHandle& grant, const std::string& reader);
     static void end_all(const Loans& loans) noexcept;
     void stop_served(const GrantHandlePtr& grant);

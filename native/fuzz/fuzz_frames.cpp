@@ -128,7 +128,7 @@ class Script {
             case 4: return peer_.read({op.code, op.f, op.c, op.d, op.a, op.e}, can_copy() && (op.f & 1) == 0);
             case 5: return peer_.write({op.code, op.f, op.c, op.d, op.a, op.e});
             case 6:
-                if ((op.f & 3) == 3) return {{.type = FrameType::took}, encode_took(token_of(op.c))};
+                if ((op.f & 3) == 3) return {{.type = FrameType::took}, encode_took({token_of(op.c), op.d})};
                 return peer_.hold(op);
             case 7:
                 return {{.type = FrameType::held,

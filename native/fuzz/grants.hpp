@@ -39,7 +39,7 @@ class Grants final : public protocol::GrantHost {
         demand(leases > 0, "a lease is given back twice");
         --leases;
     }
-    void took(const protocol::Token&) override { ++takes; }
+    void took(const protocol::TookBody&) override { ++takes; }
     bool await(const protocol::Token& token) override {
         awaited.insert(token);
         return open(token);

@@ -38,7 +38,7 @@ constexpr Rule kRules[] = {
     {FrameType::write, 0, 1, kMaxControlBodyNbytes},
     {FrameType::hold, kLetGo, 0, 20},
     {FrameType::held, kHeldNot, 0, 0},
-    {FrameType::took, 0, 16, 16},
+    {FrameType::took, 0, 24, 24},
 };
 
 const Rule* rule_of(FrameType type) noexcept {

@@ -168,6 +168,10 @@ struct HoldBody {
     Token token{};
     std::uint32_t wait_ms = 0;
 };
+struct TookBody {
+    Token token{};
+    std::uint64_t mark = 0;  // as it was shown: a token may name another grant by now
+};
 struct AbortBody {
     AbortCode code{};
     std::string reason;
@@ -191,9 +195,8 @@ Bytes encode_hold(const HoldBody& body);
 ReadBody decode_read(std::span<const std::byte> raw);
 WriteBody decode_write(std::span<const std::byte> raw);
 HoldBody decode_hold(std::span<const std::byte> raw);
-/// Of TOOK: which grant.
-Bytes encode_took(const Token& token);
-Token decode_took(std::span<const std::byte> raw);
+Bytes encode_took(const TookBody& body);
+TookBody decode_took(std::span<const std::byte> raw);
 /// Of AGAIN: ascending, none empty, none touching another.
 std::vector<Range> decode_ranges(std::span<const std::byte> raw);
 

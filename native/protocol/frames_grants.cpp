@@ -136,13 +136,21 @@ HoldBody decode_hold(std::span<const std::byte> raw) {
     return body;
 }
 
-Bytes encode_took(const Token& token) { return {token.begin(), token.end()}; }
+Bytes encode_took(const TookBody& body) {
+    Bytes out;
+    Writer writer(out);
+    write_token(writer, body.token);
+    writer.integer(body.mark);
+    return out;
+}
 
-Token decode_took(std::span<const std::byte> raw) {
+TookBody decode_took(std::span<const std::byte> raw) {
     Reader in(raw);
-    const Token token = read_token(in);
+    TookBody body;
+    body.token = read_token(in);
+    body.mark = in.integer<std::uint64_t>();
     in.finish();
-    return token;
+    return body;
 }
 
 }  // namespace kvt::protocol

@@ -100,11 +100,6 @@ GrantPtr GrantBook::over(const GrantPtr& grant, const std::string& reader, bool 
     return end_if_finished(grant);
 }
 
-GrantPtr GrantBook::took(const Token& token, const std::string& reader) {
-    const GrantPtr grant = admit(token, reader, GrantMode::read);
-    return grant ? over(grant, reader, true) : nullptr;
-}
-
 bool GrantBook::open_to(const Grant& grant, const std::string& reader) {
     return grant.state == GrantState::open && !grant.finished.contains(reader) &&
            (grant.to == reader || grant.readers == 0 || grant.leases.contains(reader));

@@ -62,8 +62,6 @@ class GrantBook {
     /// These return the grant where it has ended by this.
     GrantPtr release(const Token& token, const std::string& reader, Time now);
     GrantPtr over(const GrantPtr& grant, const std::string& reader, bool succeeded);
-    /// It has read without asking.
-    GrantPtr took(const Token& token, const std::string& reader);
     /// False: it had ended before.
     bool end(const GrantPtr& grant, GrantState state);
     /// Ends all grants on one of these blocks of a pool's group.

@@ -91,8 +91,8 @@ class GrantHost {
     /// True: it is held for the peer, until release() or the end of the session.
     virtual bool hold(const Token& token) = 0;
     virtual void release(const Token& token) = 0;
-    /// The peer has read by it without asking.
-    virtual void took(const Token& token) = 0;
+    /// The peer has read by what it was shown, under this mark, without asking.
+    virtual void took(const TookBody& what) = 0;
     /// Somebody waits for this grant: grant_came() whenever one of this name is made. True: one is here, made
     /// perhaps since it was asked for.
     virtual bool await(const Token& token) = 0;
@@ -171,7 +171,7 @@ class Session {
     /// read, without a lease, is all that there is.
     bool may_take(const Token& token, bool counted);
     /// So many bytes were read so, all that were asked for.
-    void took(const Token& token, std::uint64_t nbytes, bool counted);
+    void took(const TookBody& what, std::uint64_t nbytes, bool counted);
     /// Whose grants the peer may use; none before.
     void set_grants(GrantHost* grants) noexcept { grants_ = grants; }
     void grant_came(const Token& token, Time now);

@@ -24,11 +24,11 @@ bool Session::may_take(const Token& token, bool counted) {
     return true;
 }
 
-void Session::took(const Token& token, std::uint64_t nbytes, bool counted) {
+void Session::took(const TookBody& what, std::uint64_t nbytes, bool counted) {
     if (counted) {
-        taken(token);
+        taken(what.token);
         if (!lost_) {
-            send({.type = FrameType::took}, encode_took(token));
+            send({.type = FrameType::took}, encode_took(what));
         }
     }
     counters_.bytes_in += nbytes;
@@ -61,9 +61,9 @@ void Session::on_took(std::span<const std::byte> body) {
     if ((config_.capabilities & kCanGrant) == 0) {
         throw Violation("a TOOK where that wasn't agreed");
     }
-    const Token token = decode_took(body);
+    const TookBody what = decode_took(body);
     if (grants_ != nullptr) {
-        grants_->took(token);
+        grants_->took(what);
     }
 }
 

@@ -53,7 +53,10 @@ class BookHost final : public GrantHost {
     }
     bool hold(const Token& token) override { return book.hold(token, reader); }
     void release(const Token& token) override { end(book.release(token, reader, 0)); }
-    void took(const Token& token) override { end(book.took(token, reader)); }
+    void took(const TookBody& what) override {  // all is shown to whom it is open, under mark 1
+        const GrantPtr grant = book.admit(what.token, reader, GrantMode::read);
+        if (grant != nullptr && what.mark == 1) end(book.over(grant, reader, true));
+    }
     bool await(const Token& token) override {
         awaited.insert(token);
         if (on_await) std::exchange(on_await, nullptr)();

@@ -262,9 +262,9 @@ TEST_CASE("headers: the bounds and flags of the younger types") {
     CHECK(fits(FrameType::hold, 0, kLetGo));
     CHECK_FALSE(fits(FrameType::hold, 21));
     CHECK(fits(FrameType::held, 0, kHeldNot));
-    CHECK(fits(FrameType::took, 16));
-    CHECK_FALSE(fits(FrameType::took, 15));
-    CHECK_FALSE(fits(FrameType::took, 16, 1));
+    CHECK(fits(FrameType::took, 24));
+    CHECK_FALSE(fits(FrameType::took, 23));
+    CHECK_FALSE(fits(FrameType::took, 24, 1));
     CHECK_FALSE(fits(FrameType::held, 1));
     CHECK(fits(FrameType::located, 0, kBehindGate));
     CHECK_FALSE(fits(FrameType::again, 19));

@@ -98,7 +98,7 @@ std::vector<Example> copies_and_grants() {
         {"hold, let go", header_of(FrameType::hold, 1, 0, 0, kLetGo), {}},
         {"held", header_of(FrameType::held, 1), {}},
         {"held, not", header_of(FrameType::held, 1, 0, 0, kHeldNot), {}},
-        {"took", header_of(FrameType::took, 0), encode_took(token)},
+        {"took", header_of(FrameType::took, 0), encode_took({token, 0x1234})},
         {"abort, grant", header_of(FrameType::abort, 5, 0, 0, kFromSource),
          encode_abort({AbortCode::grant, "", {}})},
     };

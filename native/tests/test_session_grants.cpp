@@ -306,7 +306,7 @@ namespace {
 // A read that asks nobody, as the engine does it.
 bool take(Granting& g, unsigned token, bool counted) {
     if (!g.pair.b.session.may_take(token_of(token), counted)) return false;
-    g.pair.b.session.took(token_of(token), 4096, counted);
+    g.pair.b.session.took({token_of(token), 1}, 4096, counted);
     g.run();
     return true;
 }
@@ -380,7 +380,8 @@ TEST_CASE("M: who says TOOK of what it wasn't given is let in as by a READ, or n
     g.host.add(another);
     g.host.add(write);
     for (unsigned n = 1; n <= 3; ++n) {
-        g.pair.a.session.receive({.type = FrameType::took, .body_nbytes = 16}, encode_took(token_of(n)), 0);
+        g.pair.a.session.receive({.type = FrameType::took, .body_nbytes = 24}, encode_took({token_of(n), 1}),
+                                 0);
     }
     g.run();
     CHECK(another->state == GrantState::open);

@@ -34,7 +34,10 @@ class Machine::Owner final : public GrantHost {
         machine_.ended(machine_.book_.release(token, kReader, machine_.clock_.now()));
         machine_.watch_grants();
     }
-    void took(const Token& token) override { machine_.ended(machine_.book_.took(token, kReader)); }
+    void took(const TookBody& what) override {
+        const GrantPtr grant = machine_.book_.admit(what.token, kReader, GrantMode::read);
+        if (grant != nullptr) machine_.ended(machine_.book_.over(grant, kReader, true));
+    }
     bool await(const Token& token) override {
         machine_.awaited_.insert(token);
         return machine_.book_.find(token) != nullptr;
