@@ -23,7 +23,7 @@ constexpr Time kLaneGraceNs = 25'000'000;
 Connection::Connection(Engine& engine, std::string session_id)
     : engine_(engine),
       session_id_(std::move(session_id)),
-      backend_tally_(&engine.tally("none")),
+      control_tally_(&engine.tally("none")),
       session_(monotonic_ns()),
       heard_at_(monotonic_ns()),
       spoke_at_(monotonic_ns()),
@@ -177,8 +177,7 @@ void Connection::complete(const protocol::TransferPtr& transfer) {
     if (handle.grant) {  // the peer's operation, counted there
         engine_.grants().served(handle, reader());
     } else {
-        count(operation_of(handle), handle.result.outcome.cause, handle.result.nbytes,
-              handle.result.seconds_ns);
+        count(operation_of(handle), handle.result);
     }
     handle.complete();
     std::vector<std::shared_ptr<MessageHandle>> ready;
@@ -201,8 +200,9 @@ void Connection::complete(const protocol::MessagePtr& message, bool counted) {
     auto& handle = static_cast<MessageHandle&>(*message);
     handle.result.outcome = handle.outcome;
     if (counted) {
-        count(Operation::message, handle.outcome.cause, handle.nbytes,
-              handle.posted_at != 0 ? monotonic_ns() - handle.posted_at : 0);
+        const std::int64_t ns = handle.posted_at != 0 ? monotonic_ns() - handle.posted_at : 0;
+        tally_.record(Operation::message, handle.outcome.cause, handle.nbytes, ns);
+        control_tally_.load()->record(Operation::message, handle.outcome.cause, handle.nbytes, ns);
     }
     handle.complete();
 }

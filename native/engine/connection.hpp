@@ -245,7 +245,7 @@ class Connection final : public backends::PathHost,
     Service plan_service(const GrantHandlePtr& grant, const protocol::GrantUse& use,
                          const protocol::Terms& terms, const protocol::PoolTerms& theirs,
                          protocol::Role role);
-    void count(Operation operation, protocol::Cause outcome, std::uint64_t nbytes, std::int64_t ns);
+    void count(Operation operation, const Result& result);
     void take_over_rest(Connection& other, protocol::Time now);
     bool take_over(TransferHandle& handle, const protocol::TransferPtr& transfer, protocol::Time now);
     void attach_gate(TransferHandle& handle);
@@ -259,7 +259,7 @@ class Connection final : public backends::PathHost,
     const std::uint64_t generation_ = fork_generation();
     std::string session_id_;
     Tally tally_;
-    std::atomic<Tally*> backend_tally_;  // the engine's, of the backend in use
+    std::atomic<Tally*> control_tally_;  // the engine's, of the backend by which messages go
     mutable std::mutex mutex_;
     std::condition_variable inactive_;
     protocol::Session session_;
@@ -267,7 +267,7 @@ class Connection final : public backends::PathHost,
     protocol::DigestKind digest_ = protocol::DigestKind::none;
     std::shared_ptr<backends::Path> path_;  // null before open() and after close()
     std::shared_ptr<ProcessWatch> watch_;   // as path_
-    std::string backend_ = "none", label_, reader_;
+    std::string backend_ = "none", backend_of_copies_ = "none", label_, reader_;
     std::atomic<bool> open_{false}, lost_{false};
     std::atomic<protocol::Time> heard_at_, spoke_at_;
     protocol::Time dead_after_;

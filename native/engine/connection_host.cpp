@@ -1,9 +1,9 @@
 // The connection as its path sees it: each call takes the session's lock for a few hundred nanoseconds.
 #include <sys/epoll.h>
 
-#include <utility>
-
+#include <algorithm>
 #include <chrono>
+#include <utility>
 
 #include "base/clock.hpp"
 #include "base/crc32c.hpp"
@@ -22,7 +22,8 @@ void Connection::prepare(std::shared_ptr<backends::Path> path, const protocol::S
         const std::lock_guard lock(mutex_);
         if (!ending_ && !lost_.load(std::memory_order_relaxed)) {
             backend_ = path->name();
-            backend_tally_.store(&engine_.tally(backend_));
+            backend_of_copies_ = path->name_of_copies();
+            control_tally_.store(&engine_.tally(backend_));
             path_ = std::move(path);
             digest_ = config.digest;
             session_.open(config, now);
@@ -143,12 +144,13 @@ std::optional<protocol::Bytes> Connection::locate(TransferHandle& source) {
     return std::move(located->location);
 }
 
-// By chunks, or by copies; what has moved nothing would have gone the way that there is.
+// By chunks, or by copies, also if that way is gone by now; what has moved nothing would have gone the way
+// that there is.
 std::string Connection::way_of(const TransferHandle& handle) const {
     const bool chunks = handle.chunks != 0 || handle.attempt > 1 || (handle.matched_at != 0 && !handle.pulls);
-    return path_ == nullptr || chunks || path_->channel() != backends::Path::Channel::up
-               ? backend_
-               : path_->name_of_copies();
+    const bool copies = handle.located || handle.copies != 0 ||
+                        (path_ != nullptr && path_->channel() == backends::Path::Channel::up);
+    return !chunks && copies ? backend_of_copies_ : backend_;
 }
 
 void Connection::can_copy(bool can) {
@@ -296,9 +298,18 @@ protocol::Session::Counters Connection::counters() const {
     return session_.counters();
 }
 
-void Connection::count(Operation operation, Cause outcome, std::uint64_t nbytes, std::int64_t ns) {
-    tally_.record(operation, outcome, nbytes, ns);
-    backend_tally_.load()->record(operation, outcome, nbytes, ns);
+// Where the way was changed in the middle, each way has what went by it.
+void Connection::count(Operation operation, const Result& result) {
+    const Cause outcome = result.outcome.cause;
+    const std::uint64_t copied = std::min(result.resumed_nbytes, result.nbytes);
+    tally_.record(operation, outcome, result.nbytes, result.seconds_ns);
+    engine_.tally(result.backend).record(operation, outcome, result.nbytes - copied, result.seconds_ns);
+    if (copied != 0) {
+        std::unique_lock lock(mutex_);
+        const std::string first = backend_of_copies_;
+        lock.unlock();
+        engine_.tally(first).record_part(operation, outcome, copied);
+    }
 }
 
 std::size_t Connection::unfinished() const {

@@ -17,6 +17,11 @@ void Tally::record(Operation operation, protocol::Cause outcome, std::uint64_t n
     ++cell.buckets[std::min(bucket, kBounds)];
 }
 
+void Tally::record_part(Operation operation, protocol::Cause outcome, std::uint64_t nbytes) {
+    const std::lock_guard lock(mutex_);
+    cells_[{operation, outcome}].nbytes += nbytes;
+}
+
 Tally::Cells Tally::cells() const {
     const std::lock_guard lock(mutex_);
     return cells_;

@@ -1,8 +1,8 @@
 // What became of operations: how many, how many bytes, how long they took; by operation and outcome.
 //
 // Lives here: one table of counts, filled as operations end. Does not live here: whose it is (a connection
-// has one, and the engine one for each backend, which outlives the connections). Invariant: an operation is
-// counted before its handle is done, so who has seen the handle's end finds it counted.
+// has one, and the engine one for each way that bytes go, which outlives the connections). Invariant: an
+// operation is counted before its handle is done, so who has seen the handle's end finds it counted.
 #pragma once
 
 #include <array>
@@ -32,6 +32,8 @@ class Tally {
     using Cells = std::map<std::pair<Operation, protocol::Cause>, Cell>;
 
     void record(Operation operation, protocol::Cause outcome, std::uint64_t nbytes, std::int64_t ns);
+    /// Of an operation that another table has: it has moved these bytes by this way before it took another.
+    void record_part(Operation operation, protocol::Cause outcome, std::uint64_t nbytes);
     Cells cells() const;
 
   private:

@@ -53,6 +53,9 @@ class SharingActor(KeepingActor):
     def do_shared(self) -> bool:
         return self.connection.shared()[0] == "up"
 
+    def do_operations(self) -> dict[str, dict[str, dict[str, dict[str, object]]]]:
+        return self.endpoint.stats()["operations"]
+
     def do_explain(self) -> str:
         return self.connection.explain()
 

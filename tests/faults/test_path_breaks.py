@@ -21,6 +21,8 @@ def test_a_transfer_goes_on_by_tcp(kind, breaks, we_receive):
         assert 0 < got["resumed_nbytes"] < got["nbytes"]
         assert got["resumed_nbytes"] == sent["resumed_nbytes"]
         assert got["backend"] == sent["backend"] == "tcp"
+        check_counted(source, "send", sent)
+        check_counted(destination, "recv", got)
         if we_receive:
             check_copied(here, range(COUNT))
         else:
@@ -29,6 +31,16 @@ def test_a_transfer_goes_on_by_tcp(kind, breaks, we_receive):
         for side in (here, peer):
             assert side.call("connection_state") == "open"
             assert "shm: refused: the channel of shared memory was closed" in side.call("explain")
+
+
+def check_counted(side, operation, result) -> None:
+    """Each way has the bytes that went by it; the transfer is counted once."""
+    cells = {name: of[operation]["ok"] for name, of in side.call("operations").items() if operation in of}
+    assert {name: cell["nbytes"] for name, cell in cells.items()} == {
+        "shm": result["resumed_nbytes"],
+        "tcp": result["nbytes"] - result["resumed_nbytes"],
+    }
+    assert (cells["shm"]["count"], cells["tcp"]["count"]) == (0, 1)
 
 
 def later_goes_by_tcp(source, destination) -> None:

@@ -97,6 +97,18 @@ def test_backends_are_told_apart(endpoint):
     assert ("tcp", "true") not in ways
 
 
+def test_bytes_are_counted_under_the_way_that_moved_them(endpoint, turns):
+    ours, theirs = endpoint(backends=("shm", "tcp")), endpoint(backends=("shm", "tcp"))
+    two = Two(ours, theirs, theirs.listen(LOOPBACK))
+    turns.until(lambda: two.receiver.backend == two.sender.backend == "shm")
+    sent, got = two.move("a", blocks=5)
+    assert sent.backend == got.backend == "shm"
+    for side, op in ((ours, "send"), (theirs, "recv")):
+        assert samples(registry_of(side), "kvtransport_transfer_bytes_total") == {("shm", op): 5 * NBYTES}
+    two.sender.send_message(b"four").result(LIMIT_S)
+    assert samples(registry_of(ours), "kvtransport_transfer_bytes_total")["tcp", "message"] == 4
+
+
 def test_errors_are_counted_by_class_and_timed(two):
     two.move("ok")
     got = two.receiver.recv_blocks(two.to, [0], key="cancelled")
