@@ -38,7 +38,7 @@ from kvtransport.errors import (
 )
 from kvtransport.protocol.agreement import SessionDeclined, Terms
 from kvtransport.protocol.handshake import Established, Event, PeerKnown
-from kvtransport.protocol.messages import Hello, Role
+from kvtransport.protocol.messages import JOINS_NAME_RESPONDER, Hello, Role
 
 if TYPE_CHECKING:
     from kvtransport import _native
@@ -132,6 +132,11 @@ class Attempt:
         elif self._due <= now and self.state is State.PROVE:
             self._due = NEVER
             self._prove()
+
+    def lane_awaited(self) -> str | None:
+        """Say which lane it waits for, if the session is there already."""
+        late = next((lane for lane in self._lanes if lane.state is not LaneState.JOINED), None)
+        return None if late is None else f"lane {late.number} to {self.target} hasn't joined: {late.reason}"
 
     def on_roster(self) -> None:
         """Look again whether the peer is connected, or its entry free."""
@@ -306,13 +311,16 @@ class Attempt:
             self._fail(str(e))
             return
         self.state = State.JOIN
+        knows = terms.capabilities & JOINS_NAME_RESPONDER
+        responder = terms.peer.incarnation if knows else b""
         self._lanes = [
-            Lane(acceptor, self._backend, self.target, self._session, n, self._on_lane)
+            Lane(acceptor, self._backend, self.target, self._session, n, self._on_lane, responder)
             for n in range(terms.lanes)
         ]
         if self._session.channel()[0] == "awaited":
+            where = target_of(found, self.target)
             self._shared = MemoryChannel(
-                acceptor, self._backend, target_of(found, self.target), self._session, self._on_lane
+                acceptor, self._backend, where, self._session, self._on_lane, responder
             )
             self._settle_by = acceptor.loop.now() + SETTLE_S
             self._shared.dial()

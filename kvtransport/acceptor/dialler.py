@@ -231,7 +231,8 @@ class Dial:
 
     def _timed_out(self, timeout_s: float) -> KVTransportError:
         where = " or ".join(self.place.addresses)
-        message = f"no connection to {where} within {timeout_s:g} s; the last try: {self._reason}"
+        reason = (self._attempt and self._attempt.lane_awaited()) or self._reason
+        message = f"no connection to {where} within {timeout_s:g} s; the last try: {reason}"
         if self._short:
             return ResourceLimit(message + "; raise the limit (ulimit -n)")
         return ConnectTimeout(message)

@@ -5,7 +5,8 @@ chunks.
 
 A JOIN is refused while the peer has not opened the session yet: CONFIRM is on its way to its Python, and
 lanes overtake it. So it is tried again, from 2 ms to 200 ms later, until the session is lost or the dial's
-time is over.
+time is over. One that says that it has reached another endpoint is the end: behind that address there are
+several, and which of them a lane would find is luck.
 
 Invariant: each lane number is given to the session once; a socket that isn't is closed. The session's id is told
 to nobody who isn't proved: the port may have become another user's since the handshake.
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, Final
 from kvtransport.acceptor import proof
 from kvtransport.acceptor.channel import has_hung_up
 from kvtransport.backends.base import StreamBackend, Target
-from kvtransport.errors import AuthenticationError, KVTransportError, RemoteProtocolError
+from kvtransport.errors import HandshakeError, KVTransportError, RemoteProtocolError
 from kvtransport.protocol import messages
 from kvtransport.protocol.auth import SUITE_NULL
 from kvtransport.protocol.messages import Kind, Preamble
@@ -49,8 +50,9 @@ class Lane:
         session: _native.Session,
         number: int,
         on_change: Callable[[], None],
+        responder: bytes = b"",
     ) -> None:
-        """`on_change` is called when the lane is joined or has an error."""
+        """`on_change` is called when the lane is joined or has an error; `responder`: see `encode_join`."""
         self.number = number
         self.state = LaneState.PAUSE
         self.reason = "not tried yet"
@@ -60,6 +62,7 @@ class Lane:
         self._target = target
         self._session = session
         self._on_change = on_change
+        self._responder = responder
         self._delay = RETRY_FIRST_S
         self._prove_s = proof.AGAIN_FIRST_S
         self._sock: socket.socket | None = None
@@ -95,10 +98,8 @@ class Lane:
                 self._join(sock)
         except OSError as e:
             self._retry(e.strerror or str(e))
-        except (AuthenticationError, RemoteProtocolError) as e:
-            self.error = e
-            self.close()
-            self._on_change()
+        except (HandshakeError, RemoteProtocolError) as e:
+            self._fail(e)
 
     def close(self) -> None:
         """Give up; what was joined stays."""
@@ -123,7 +124,7 @@ class Lane:
 
     def _send_join(self, sock: socket.socket) -> None:
         preamble = Preamble(messages.VERSION_MIN, messages.VERSION_MAX, self.kind, SUITE_NULL)
-        join = messages.encode_join(self._session.id, self.number, os.urandom(16))
+        join = messages.encode_join(self._session.id, self.number, os.urandom(16), self._responder)
         data = preamble.encode() + join
         if sock.send(data, socket.MSG_NOSIGNAL) != len(data):  # a fresh socket takes 96 bytes at once
             raise OSError("short write")
@@ -145,6 +146,11 @@ class Lane:
         answer = messages.parse_join_answer(self._answer)
         if answer.lane != self.number:
             raise RemoteProtocolError(f"JOIN of lane {self.number} was answered for lane {answer.lane}")
+        if answer.elsewhere:
+            raise HandshakeError(
+                f"load-balanced address: {self._target} leads to several endpoints, and lane {self.number} has "
+                "reached another one than the session's; connect to an address that leads to one endpoint only"
+            )
         if not answer.ok:
             raise OSError("the peer doesn't know the session")
         self._acceptor.loop.unwatch(sock)
@@ -155,6 +161,11 @@ class Lane:
 
     def _give(self, sock: socket.socket) -> None:
         self._session.add_lane(sock.detach(), self.number)
+
+    def _fail(self, error: HandshakeError | RemoteProtocolError) -> None:
+        self.error = error
+        self.close()
+        self._on_change()
 
     def _retry(self, reason: str) -> None:
         self.close()

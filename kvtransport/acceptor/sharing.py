@@ -18,6 +18,7 @@ from kvtransport.acceptor.reachability import same_network
 from kvtransport.acceptor.roster import Found
 from kvtransport.backends.base import StreamBackend, Target
 from kvtransport.backends.shm import channel_target
+from kvtransport.errors import HandshakeError, RemoteProtocolError
 from kvtransport.protocol.messages import Kind, Reachability
 
 if TYPE_CHECKING:
@@ -66,9 +67,10 @@ class MemoryChannel(Lane):
         target: Target,
         session: _native.Session,
         on_change: Callable[[], None],
+        responder: bytes = b"",
     ) -> None:
         """See Lane; there is one in a session."""
-        super().__init__(acceptor, backend, target, session, 0, on_change)
+        super().__init__(acceptor, backend, target, session, 0, on_change, responder)
         self._tries_left = TRIES
 
     @property
@@ -79,6 +81,10 @@ class MemoryChannel(Lane):
 
     def _give(self, sock: socket.socket) -> None:
         self._session.add_channel(sock.detach())
+
+    def _fail(self, error: HandshakeError | RemoteProtocolError) -> None:
+        self._session.refuse_channel(str(error))
+        super()._fail(error)
 
     def _retry(self, reason: str) -> None:
         self._tries_left -= 1

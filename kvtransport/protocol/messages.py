@@ -28,8 +28,11 @@ MAGIC: Final = b"KVTRNSP1"
 JOIN_MAGIC: Final = b"KVTJOIN\0"
 VERSION_MIN: Final = 1
 VERSION_MAX: Final = 1
-CAPABILITIES: Final = 3
-"""What this build knows beyond version 1's first form: 1 the destination may copy, 2 grants."""
+JOINS_NAME_RESPONDER: Final = 4
+CAPABILITIES: Final = 3 | JOINS_NAME_RESPONDER
+"""What this build knows beyond version 1's first form: 1 the destination may copy, 2 grants, 4 JOIN names whom it
+is for.
+"""
 
 PREAMBLE_NBYTES: Final = 32
 JOIN_NBYTES: Final = 64
@@ -38,6 +41,8 @@ RECORD_HEADER_NBYTES: Final = 4
 RECORD_MAX_NBYTES: Final = 16_384
 SESSION_ID_NBYTES: Final = 16
 INCARNATION_NBYTES: Final = 16
+NAMED_NBYTES: Final = 4
+"""So much of the responder's incarnation is in a JOIN: enough to tell an endpoint from its neighbours."""
 KEY_ID_NBYTES: Final = 16
 
 LANES_MAX: Final = 64
@@ -50,7 +55,7 @@ REGIONS_MAX: Final = 65_536
 CONFIRM_TEXT: Final = b"ok"
 
 _PREAMBLE = struct.Struct("<8sHHBBH16s")
-_JOIN = struct.Struct("<16sII16s24s")
+_JOIN = struct.Struct("<16sI4s16s24s")
 _JOIN_ANSWER = struct.Struct("<8sII")
 _LENGTH = struct.Struct("<I")
 
@@ -90,10 +95,13 @@ class Preamble(Struct, frozen=True):
 
 
 class JoinAnswer(Struct, frozen=True):
-    """What the accepting side says to a lane: `ok`, or no such session has that lane still to come."""
+    """What the accepting side says to a lane: `ok`, or its session has no such lane still to come, or it has
+    reached another endpoint (`elsewhere`) than the one that its JOIN names.
+    """
 
     lane: int
     ok: bool
+    elsewhere: bool = False
 
 
 def parse_preamble(data: bytes) -> Preamble:
@@ -107,18 +115,18 @@ def parse_preamble(data: bytes) -> Preamble:
     return Preamble(version_min, version_max, Kind(kind), suites, key_id)
 
 
-def encode_join(session_id: bytes, lane: int, nonce: bytes) -> bytes:
-    """Return the 64 bytes that follow a lane's preamble."""
-    return _JOIN.pack(session_id, lane, 0, nonce, b"")
+def encode_join(session_id: bytes, lane: int, nonce: bytes, responder: bytes = b"") -> bytes:
+    """Return the 64 bytes that follow a lane's preamble. `responder`: its incarnation, if it knows of that."""
+    return _JOIN.pack(session_id, lane, responder[:NAMED_NBYTES], nonce, b"")
 
 
 def parse_join_answer(data: bytes) -> JoinAnswer:
     """Parse exactly 16 bytes."""
     _demand_length("JOIN answer", data, JOIN_ANSWER_NBYTES)
     magic, lane, status = _JOIN_ANSWER.unpack(data)
-    if magic != JOIN_MAGIC or status > 1:
+    if magic != JOIN_MAGIC or status > 2:
         raise RemoteProtocolError("malformed answer to JOIN")
-    return JoinAnswer(lane, status == 0)
+    return JoinAnswer(lane, status == 0, status == 2)
 
 
 def _demand_length(what: str, data: bytes, nbytes: int) -> None:

@@ -30,6 +30,8 @@ constexpr std::uint8_t kRoleChannel = 3;  // of shared memory, over a unix socke
 constexpr std::size_t kRoleAt = 12;
 constexpr std::uint16_t kVersion = 1;
 constexpr std::uint8_t kNullSuite = 1;
+constexpr std::size_t kNamedAt = 20, kNamedNbytes = 4;  // in a JOIN: of the incarnation that it is for
+constexpr std::uint32_t kJoined = 0, kRefused = 1, kElsewhere = 2;
 constexpr protocol::Time kDeafFor = 100'000'000;      // a descriptor may be free by then
 constexpr protocol::Time kQuietFor = 10'000'000'000;  // between two lines of the log
 
@@ -44,8 +46,24 @@ bool is_well_formed_lane(std::span<const std::byte> raw) noexcept {
     const auto suites = static_cast<std::uint8_t>(raw[13]);
     return lowest >= 1 && lowest <= kVersion && highest >= kVersion && (suites & kNullSuite) != 0 &&
            all_zero(raw.subspan(14, 2)) && (suites != kNullSuite || all_zero(raw.subspan(16, 16))) &&
-           all_zero(raw.subspan(Admission::kPreambleNbytes + 20, 4)) &&
            all_zero(raw.subspan(Admission::kPreambleNbytes + 40, 24));
+}
+
+// It names another endpoint: who dialled has come to the wrong one behind a shared address.
+bool is_for_another(std::span<const std::byte> join, const std::string& incarnation) noexcept {
+    const auto named = join.subspan(kNamedAt, kNamedNbytes);
+    return !all_zero(named) && incarnation.size() >= kNamedNbytes &&
+           std::memcmp(named.data(), incarnation.data(), kNamedNbytes) != 0;
+}
+
+// False: it didn't go out whole, so the dialler tries again.
+bool answer_join(int fd, std::uint32_t number, std::uint32_t status) noexcept {
+    std::array<std::byte, Admission::kJoinAnswerNbytes> answer{};
+    std::memcpy(answer.data(), kJoinMagic, sizeof kJoinMagic);
+    protocol::store_le(answer.data() + 8, number);
+    protocol::store_le(answer.data() + 12, status);
+    const auto n = ::send(fd, answer.data(), answer.size(), MSG_NOSIGNAL | MSG_DONTWAIT);
+    return n == static_cast<ssize_t>(answer.size());
 }
 
 }  // namespace
@@ -290,6 +308,12 @@ void Admission::join(Stranger& stranger) {
     engine_.reactor().remove(stranger.fd.get());
     const std::byte* join = stranger.raw.data() + kPreambleNbytes;
     const std::string session_id(reinterpret_cast<const char*>(join), 16);
+    if (is_for_another({join, kJoinNbytes}, engine_.options().incarnation)) {
+        if (take(stranger)) {
+            answer_join(stranger.fd.get(), protocol::load_le<std::uint32_t>(join + 16), kElsewhere);
+        }
+        return;
+    }
     {
         const std::lock_guard lock(mutex_);
         stranger.parked = true;  // before the look: a session that opens meanwhile finds it
@@ -316,12 +340,8 @@ void Admission::welcome(Stranger& stranger, Connection& connection) {
     const bool channel = static_cast<std::uint8_t>(stranger.raw[kRoleAt]) == kRoleChannel;
     const bool welcome = path != nullptr &&
                          (channel ? number == 0 && path->wants_channel() : path->reserve_lane(number));
-    std::array<std::byte, kJoinAnswerNbytes> answer{};
-    std::memcpy(answer.data(), kJoinMagic, sizeof kJoinMagic);
-    protocol::store_le(answer.data() + 8, number);
-    protocol::store_le(answer.data() + 12, static_cast<std::uint32_t>(welcome ? 0 : 1));
-    const auto n = ::send(fd.get(), answer.data(), answer.size(), MSG_NOSIGNAL | MSG_DONTWAIT);
-    if (welcome && n == static_cast<ssize_t>(answer.size())) {
+    const bool told = answer_join(fd.get(), number, welcome ? kJoined : kRefused);
+    if (welcome && told) {
         channel ? path->add_channel(std::move(fd)) : path->add_lane(std::move(fd), number);
     } else if (welcome && !channel) {
         path->give_back_lane(number);  // the dialler doesn't know of its welcome, and tries again

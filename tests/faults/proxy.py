@@ -6,6 +6,7 @@ Invariant: a byte that no fault touches arrives unchanged and in order; every so
 """
 
 import contextlib
+import itertools
 import select
 import socket
 import struct
@@ -85,6 +86,9 @@ class Proxy:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
+    def _next(self) -> tuple[str, int]:
+        return self._target
+
     def _run(self, what, *arguments) -> None:
         thread = threading.Thread(target=what, args=arguments, daemon=True)
         self._threads.append(thread)
@@ -94,7 +98,7 @@ class Proxy:
         while not self._closed:
             try:
                 dialled, _ = self._server.accept()
-                accepted = socket.create_connection(self._target)
+                accepted = socket.create_connection(self._next())
             except OSError:
                 return
             for sock in (dialled, accepted):
@@ -149,6 +153,19 @@ class Proxy:
             fault.go.wait(LIMIT_S)
         sink.sendall(data[sent:])
         return True
+
+
+class Balancer(Proxy):
+    """One address for several targets, who get what comes in turn."""
+
+    def __init__(self, *targets: str) -> None:
+        self._turns = itertools.cycle(
+            (host, int(port)) for host, _, port in (t.rpartition(":") for t in targets)
+        )
+        super().__init__(targets[0])
+
+    def _next(self) -> tuple[str, int]:
+        return next(self._turns)
 
 
 def received(sock: socket.socket) -> bytes:

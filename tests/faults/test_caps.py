@@ -254,7 +254,6 @@ JOIN = {
     "no suite": (13, b"\0"),
     "zeros of the preamble": (14, b"\1"),
     "key id of no key": (31, b"\1"),
-    "zeros after the lane": (32 + 20, b"\1"),
     "zeros at the end": (32 + 63, b"\1"),
 }
 

@@ -85,12 +85,16 @@ FIXED = {
     "preamble, control": Preamble(1, 1, Kind.CONTROL, 1).encode(),
     "preamble, lane": Preamble(1, 1, Kind.LANE, 1).encode(),
     "join": messages.encode_join(bytes(range(16)), 3, bytes(range(16, 32))),
+    "join, names the responder": messages.encode_join(
+        bytes(range(16)), 3, bytes(range(16, 32)), bytes([9] * 16)
+    ),
 }
 
 
 def test_every_message_is_there() -> None:
-    streams = {"join answer", "join answer, refused", "hello, of a later version", "initiator", "responder"}
-    assert set(HANDSHAKE) == set(RECORDS) | set(FIXED) | streams
+    streams = {"hello, of a later version", "initiator", "responder"}
+    answers = {"join answer", "join answer, refused", "join answer, another endpoint"}
+    assert set(HANDSHAKE) == set(RECORDS) | set(FIXED) | streams | answers
 
 
 @pytest.mark.parametrize("name", FIXED)
@@ -103,6 +107,9 @@ def test_fixed_messages_are_read() -> None:
     assert messages.parse_preamble(HANDSHAKE["preamble, lane"]) == Preamble(1, 1, Kind.LANE, 1)
     assert messages.parse_join_answer(HANDSHAKE["join answer"]) == JoinAnswer(3, True)
     assert messages.parse_join_answer(HANDSHAKE["join answer, refused"]) == JoinAnswer(3, False)
+    assert messages.parse_join_answer(HANDSHAKE["join answer, another endpoint"]) == JoinAnswer(
+        3, False, True
+    )
 
 
 @pytest.mark.parametrize("name", RECORDS)

@@ -63,12 +63,14 @@ def test_join_is_pinned():
     assert messages.encode_join(b"s" * 16, 3, b"n" * 16) == b"s" * 16 + b"\3\0\0\0" + bytes(
         4
     ) + b"n" * 16 + bytes(24)
+    assert messages.encode_join(b"s" * 16, 3, b"n" * 16, b"incarnation12345")[20:24] == b"inca"
     assert messages.parse_join_answer(b"KVTJOIN\0\3\0\0\0\0\0\0\0") == messages.JoinAnswer(3, True)
+    assert messages.parse_join_answer(b"KVTJOIN\0\3\0\0\0\2\0\0\0") == messages.JoinAnswer(3, False, True)
     assert not messages.parse_join_answer(b"KVTJOIN\0\3\0\0\0\1\0\0\0").ok
     for bad in (
         b"",
         b"KVTJOIN\1\3\0\0\0\0\0\0\0",
-        b"KVTJOIN\0\3\0\0\0\2\0\0\0",
+        b"KVTJOIN\0\3\0\0\0\3\0\0\0",
         b"KVTJOIN\0\3\0\0\0\0\0\0\0\0",
     ):
         with pytest.raises(RemoteProtocolError):

@@ -181,9 +181,9 @@ def test_charges() -> None:
 
 
 def test_capabilities() -> None:
-    assert [int(row[0]) for row in rows("bit")] == [
-        int(value) for value in re.findall(r"kCan\w+ = (\d+);", FRAMES)
-    ]
+    of_frames = [int(value) for value in re.findall(r"kCan\w+ = (\d+);", FRAMES)]
+    assert [int(row[0]) for row in rows("bit")] == [*of_frames, messages.JOINS_NAME_RESPONDER]
+    assert sum(of_frames) + messages.JOINS_NAME_RESPONDER == messages.CAPABILITIES
 
 
 def test_sizes() -> None:
