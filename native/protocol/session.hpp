@@ -428,6 +428,7 @@ class Session {
     void admitted_to(const Token& token);
     void taken(const Token& token);
     void no_longer_leased(const Hold& hold);
+    bool is_refused(const Token& token, Time now) const;
     std::optional<std::string> take_refusal(const Token& token, Time now);
     void pump_holds();
     void finish_hold(const HoldPtr& hold, Outcome outcome);

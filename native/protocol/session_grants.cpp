@@ -371,10 +371,11 @@ void Session::on_hold(const Header& header, std::span<const std::byte> raw, Time
     if (held_.size() + waiting_holds_.size() >= kMaxHolds) {
         throw Excess("the peer holds more than 65,536 leases");
     }
-    if (grants_ != nullptr && grants_->hold(body.token)) {
+    const bool refused = is_refused(body.token, now);
+    if (!refused && grants_ != nullptr && grants_->hold(body.token)) {
         held_.emplace(header.transfer, body.token);
         send(FrameType::held, 0, header.transfer, 0, 0);
-    } else if (body.wait_ms == 0) {
+    } else if (refused || body.wait_ms == 0) {
         send(FrameType::held, kHeldNot, header.transfer, 0, 0);
     } else {
         const Time until = now + Time{body.wait_ms} * kMs;
@@ -500,6 +501,12 @@ void Session::refuse(const Token& token, const std::string& reason, Time until, 
         throw Excess("more than 65,536 refusals are remembered on this connection");
     }
     token_refusals_[token] = {reason, until};
+}
+
+// A lease has no place for the reason: it stays for the READ or WRITE that the lease was for.
+bool Session::is_refused(const Token& token, Time now) const {
+    const auto known = token_refusals_.find(token);
+    return known != token_refusals_.end() && known->second.until > now;
 }
 
 std::optional<std::string> Session::take_refusal(const Token& token, Time now) {

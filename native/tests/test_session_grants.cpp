@@ -283,6 +283,9 @@ TEST_CASE("leases: the word that one has ended crosses its being let go") {
 TEST_CASE("a refusal before and after: the waiting side hears the reason") {
     Granting g;
     g.pair.a.session.refuse(token_of(1), "no prefill", 100 * kMs, 0);
+    const auto early = g.hold(1, 1000);
+    g.run();
+    CHECK(early->outcome.cause == Cause::grant_denied);  // at once, and the reason stays for the read
     const auto before = g.read(1, 1000), read = g.read(2, 1000), write = g.write(3, 1000);
     const auto lease = g.hold(2, 1000);
     g.run();
@@ -295,6 +298,10 @@ TEST_CASE("a refusal before and after: the waiting side hears the reason") {
     CHECK(lease->outcome.cause == Cause::grant_denied);
     g.pair.a.session.refuse(token_of(4), "no prefill", 100 * kMs, 0);
     g.pass(100 * kMs);  // it is remembered so long
+    const auto later = g.hold(4, 1000);
+    g.run();
+    CHECK(later->state == Hold::State::asked);
+    g.let_go(later);
     const auto after = g.read(4);
     g.run();
     CHECK(after->outcome.cause == Cause::grant_denied);
