@@ -419,6 +419,8 @@ class Acceptor:
                     count,
                     sender.peer if (sender := self.roster.sender(session_id, count)) else "a peer",
                 )
+            case ("channel", bytes(session_id), str(news), str(why)):
+                paths.follow_shared(self.loop, self.roster, session_id, news, why)
             case ("log", int(level), str(message)):
                 _native_log.log(level, "%s", message)
 

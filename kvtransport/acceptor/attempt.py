@@ -22,7 +22,7 @@ import selectors
 import socket
 from typing import TYPE_CHECKING, Final, Protocol
 
-from kvtransport.acceptor import paths, proof
+from kvtransport.acceptor import proof
 from kvtransport.acceptor.channel import Channel, ClosedByPeer
 from kvtransport.acceptor.lanes import Lane, LaneState
 from kvtransport.acceptor.roster import Found, Ruling
@@ -340,7 +340,6 @@ class Attempt:
             connection = self._acceptor.roster.joined(hello.incarnation, self._wanted.connection, None)
             if connection is None:
                 return  # lost meanwhile: the engine's event is on its way
-            paths.log_shared(connection.peer, session.channel())
             self._session = None
             self.drop()
             self._wanted.succeeded(connection)

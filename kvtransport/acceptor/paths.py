@@ -10,16 +10,21 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from typing import Final
 
 from kvtransport.acceptor import sharing
+from kvtransport.acceptor.loop import Loop
 from kvtransport.acceptor.places import Places
 from kvtransport.acceptor.reachability import same_process
-from kvtransport.acceptor.roster import Found
+from kvtransport.acceptor.roster import Found, Roster
 from kvtransport.config import LATER_BACKENDS
 from kvtransport.protocol.messages import Reachability
 from kvtransport.types import Peer
 
 _log = logging.getLogger("kvtransport.paths")
+
+BROKE_S: Final = 0.5
+"""So long a session must outlive its shared memory for that to be worth a line."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +99,7 @@ def lines(found: Found, places: Places, ours: Reachability, shared: Shared) -> l
 def log(peer: Peer, found: Found, places: Places, ours: Reachability) -> None:
     """Tell of a new session: one line for the way, a warning for a better one that could have been.
 
-    Of shared memory only what keeps it from being tried: `log_shared` tells the rest.
+    Of shared memory only what keeps it from being tried: `follow_shared` tells the rest.
     """
     _log.info("session with %s: %s", peer, chosen(found))
     order = places.names
@@ -110,10 +115,33 @@ def log(peer: Peer, found: Found, places: Places, ours: Reachability) -> None:
             )
 
 
-def log_shared(peer: Peer, shared: Shared) -> None:
-    """Tell what became of a session's shared memory, once that is known."""
-    state, wrong = shared
-    if state == "up":
+def follow_shared(loop: Loop, roster: Roster, session_id: bytes, news: str, why: str) -> None:
+    """Tell what became of a session's shared memory: `news` is "up", "refused" or "broke".
+
+    A peer that ends closes all that it has, and shared memory is seen to break before its session is: that is told
+    by the session's end alone.
+    """
+
+    def tell(now: float) -> None:
+        for connection in roster.of_session(session_id):
+            if connection.state != "lost":
+                log_shared(connection.peer, news, why)
+
+    if news == "broke":
+        loop.call_at(loop.now() + BROKE_S, tell)
+    else:
+        tell(loop.now())
+
+
+def log_shared(peer: Peer, news: str, why: str) -> None:
+    """Say it; see `follow_shared`."""
+    if news == "up":
         _log.info("memory is shared with %s", peer)
-    elif state == "none" and wrong:
-        _log.warning("shm is the better way to %s and was refused: %s; see kvtransport doctor", peer, wrong)
+    elif news == "broke":
+        _log.warning(
+            "memory is no longer shared with %s, whose session goes on without: %s; a new connection shares it again",
+            peer,
+            why,
+        )
+    else:
+        _log.warning("shm is the better way to %s and was refused: %s; see kvtransport doctor", peer, why)

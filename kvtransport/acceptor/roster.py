@@ -238,6 +238,12 @@ class Roster:
                 del self._lost[session_id]
             return lost.connection
 
+    def of_session(self, session_id: bytes) -> list[Connection]:
+        """Return the Connections of a session that isn't lost."""
+        with self.lock:
+            entry = self._by_session.get(session_id)
+            return [] if entry is None else list(entry.connections)
+
     def found(self, connection: Connection) -> Found | None:
         """Return how a Connection's session came about; None: it has none."""
         with self.lock:

@@ -247,9 +247,15 @@ std::string ShmPath::channel_refusal() const {
 }
 
 void ShmPath::refuse_channel(const std::string& why) {
-    const std::lock_guard lock(mutex_);
-    if (refusal_.empty()) {
+    {
+        const std::lock_guard lock(mutex_);
+        if (!refusal_.empty() || link_) {
+            return;
+        }
         refusal_ = why;
+    }
+    if (const auto host = keep_host_.lock()) {
+        host->can_copy(false);
     }
 }
 

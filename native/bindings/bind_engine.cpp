@@ -34,6 +34,9 @@ nb::tuple event_tuple(const engine::Event& event) {
         case Kind::dropped:
             return nb::make_tuple("dropped", nb::bytes(event.session_id.data(), event.session_id.size()),
                                   event.count);
+        case Kind::channel:
+            return nb::make_tuple("channel", nb::bytes(event.session_id.data(), event.session_id.size()),
+                                  event.cause, shown(event.text));
         case Kind::log: break;
     }
     return nb::make_tuple("log", event.level, shown(event.text));

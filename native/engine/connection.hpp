@@ -263,6 +263,7 @@ class Connection final : public backends::PathHost,
     mutable std::mutex mutex_;
     std::condition_variable inactive_;
     protocol::Session session_;
+    bool could_copy_ = false;  // memory was shared until now
     std::mutex delivery_mutex_;  // before mutex_
     protocol::DigestKind digest_ = protocol::DigestKind::none;
     std::shared_ptr<backends::Path> path_;  // null before open() and after close()

@@ -154,10 +154,17 @@ std::string Connection::way_of(const TransferHandle& handle) const {
 }
 
 void Connection::can_copy(bool can) {
+    Event event;
+    std::shared_ptr<backends::Path> way;
     {
         const std::lock_guard lock(mutex_);
         session_.set_pulls(can, monotonic_ns());
         inactive_.notify_all();
+        event.kind = Event::Kind::channel;
+        event.session_id = session_id_;
+        event.cause = can ? "up" : std::exchange(could_copy_, false) ? "broke" : "refused";
+        could_copy_ = can;
+        way = path_;
     }
     if (can) {
         for (const auto& grant : engine_.grants().all_for(reader())) {
@@ -165,6 +172,10 @@ void Connection::can_copy(bool can) {
         }
     }
     settle();
+    if (way && !is_lost()) {
+        event.text = way->channel_refusal();
+        engine_.post_event(std::move(event));
+    }
 }
 
 void Connection::wait_channel(std::int64_t until) {

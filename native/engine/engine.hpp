@@ -41,12 +41,12 @@ struct Options {
 
 /// What Python's thread should hear of.
 struct Event {
-    enum class Kind { accepted, lost, log, dropped } kind{};
+    enum class Kind { accepted, lost, log, dropped, channel } kind{};
     std::uint64_t listener = 0;
-    std::uint64_t count = 0;  // dropped: messages of a lost session that nobody takes any more
-    int fd = -1;              // accepted: the receiver owns it
-    std::string preamble;     // accepted
-    std::string session_id, cause, text;
+    std::uint64_t count = 0;              // dropped: messages of a lost session that nobody takes any more
+    int fd = -1;                          // accepted: the receiver owns it
+    std::string preamble;                 // accepted
+    std::string session_id, cause, text;  // channel: cause is "up", "broke" or "refused", text says why
     int level = 0;
 };
 

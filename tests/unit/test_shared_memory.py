@@ -1,6 +1,7 @@
 """Memory that a session shares: what a broken channel costs, and peers in namespaces of their own."""
 
 import contextlib
+import logging
 import os
 import platform
 import re
@@ -13,6 +14,9 @@ import numpy as np
 import pytest
 
 from kvtransport import Config, Endpoint
+from kvtransport.acceptor import paths
+from kvtransport.acceptor import sharing as acceptor_sharing
+from kvtransport.backends.shm import channel_target
 from tests.waiting import until
 
 pytestmark = pytest.mark.timeout(60)
@@ -86,3 +90,64 @@ def test_a_peer_in_namespaces_of_its_own_is_reached_by_a_file(tmp_path, memory, 
         assert "it is in another pid namespace" in explained
     assert (sent.backend, told.splitlines()[0]) == (way, way)
     assert "host memory: shm" in told
+
+
+def lines_of(caplog, level, word):
+    return [r.getMessage() for r in caplog.records if r.levelno == level and word in r.getMessage()]
+
+
+def test_both_sides_tell_that_memory_is_shared_and_that_it_is_not_any_more(caplog):
+    sharing = Config(backends=("shm", "tcp"))
+    with (
+        caplog.at_level(logging.INFO, "kvtransport.paths"),
+        Endpoint(sharing) as ours,
+        Endpoint(sharing) as theirs,
+    ):
+        there = ours.connect(theirs.listen("127.0.0.1:0"), timeout=20)
+        here = theirs.accept(timeout=20)
+        up = {f"memory is shared with {side.peer}" for side in (there, here)}
+        until(lambda: len(lines_of(caplog, logging.INFO, "memory is shared")) == 2)
+        assert set(lines_of(caplog, logging.INFO, "memory is shared")) == up
+        with socket_of_the_channel(theirs) as channel:
+            channel.shutdown(socket.SHUT_RDWR)
+        until(lambda: len(lines_of(caplog, logging.WARNING, "no longer shared")) == 2)
+        told = lines_of(caplog, logging.WARNING, "no longer shared")
+        assert all("the channel of shared memory was closed by the peer; " in line for line in told)
+        assert {side for side in (there, here) for line in told if str(side.peer) in line} == {there, here}
+    assert len(lines_of(caplog, logging.WARNING, "")) == 2
+
+
+def come_and_go(ours, theirs, where):
+    with ours:
+        ours.connect(where, timeout=20)
+        here = theirs.accept(timeout=20)
+        until(lambda: here.backend == "shm")
+        with socket_of_the_channel(theirs) as channel:  # the first of what a process lets go of
+            channel.shutdown(socket.SHUT_RDWR)
+            until(lambda: here.backend == "tcp")
+    until(lambda: here.state == "lost")
+
+
+def test_a_peer_that_closes_is_no_way_that_broke(caplog):
+    sharing = Config(backends=("shm", "tcp"))
+    with caplog.at_level(logging.INFO, "kvtransport.paths"), Endpoint(sharing) as theirs:
+        where = theirs.listen("127.0.0.1:0")
+        for _ in range(10):
+            come_and_go(Endpoint(sharing), theirs, where)
+        loop = theirs._acceptor.loop
+        until(lambda: not [when for when, _, _ in loop._timers if when < loop.now() + paths.BROKE_S])
+    assert not lines_of(caplog, logging.WARNING, "")
+
+
+def test_a_channel_that_does_not_come_is_told(caplog, monkeypatch):
+    sharing = Config(backends=("shm", "tcp"))
+    with (
+        caplog.at_level(logging.INFO, "kvtransport.paths"),
+        Endpoint(sharing) as ours,
+        Endpoint(sharing) as theirs,
+    ):
+        nobody = channel_target(os.urandom(16))
+        monkeypatch.setattr(acceptor_sharing, "channel_target", lambda incarnation: nobody)
+        ours.connect(theirs.listen("127.0.0.1:0"), timeout=20)
+        until(lambda: lines_of(caplog, logging.WARNING, "shm is the better way"))
+    assert len(lines_of(caplog, logging.WARNING, "")) == 1
