@@ -207,9 +207,13 @@ protocol::Bytes encode_shm_location(const ShmLocation& location, const memory::S
         writer.integer(plan.layer(i));
     }
     const auto groups = static_cast<std::uint32_t>(plan.shape()->groups().size());
+    std::vector<bool> used(groups, false);
+    for (std::size_t i = 0; i < plan.layer_count(); ++i) {
+        used[plan.shape()->layers()[plan.layer(i)].group] = true;
+    }
     writer.integer(groups);
     for (std::uint32_t group = 0; group < groups; ++group) {
-        const memory::Ids& ids = plan.ids(group);
+        const memory::Ids none, &ids = used[group] ? plan.ids(group) : none;
         writer.integer(static_cast<std::uint32_t>(ids.size()));
         writer.bytes(std::as_bytes(std::span(ids)));  // both ends are on one host: of one byte order
     }

@@ -545,6 +545,9 @@ void Session::finish(const TransferPtr& transfer, Time now) {
     }
     transfer->finished = true;
     transfer->over_at = now;
+    if (!lost_) {
+        peer_charge_ -= std::exchange(transfer->location_charge, 0);
+    }
     const bool ok = transfer->outcome.cause == Cause::ok;
     if (transfer->role == Role::source) {
         ++(ok ? counters_.sends_ok : counters_.sends_failed);

@@ -142,6 +142,9 @@ void Session::on_located(const Header& header, std::span<const std::byte> body, 
         transfer->attempt != 1 || header.attempt != 1) {
         throw Violation("a LOCATED for what can't be copied");
     }
+    const std::size_t charge = charge_of_location(body.size(), transfer->terms);
+    charge_peer(charge);
+    transfer->location_charge = charge;
     note_offer(*transfer, header.arg);
     transfer->located = true;
     transfer->location.assign(body.begin(), body.end());

@@ -133,7 +133,7 @@ const PoolTerms* Session::open_pool(const Terms& terms, std::uint64_t total) con
 
 void Session::charge_peer(std::size_t nbytes) {
     if (nbytes > config_.peer_state_nbytes - std::min(peer_charge_, config_.peer_state_nbytes)) {
-        throw Excess("the peer's pools and unmatched transfers exceed " +
+        throw Excess("the peer's pools, unmatched transfers and locations exceed " +
                      std::to_string(config_.peer_state_nbytes) + " bytes");
     }
     peer_charge_ += nbytes;

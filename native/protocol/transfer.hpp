@@ -195,6 +195,7 @@ class Transfer {
     std::uint16_t attempt = 1;
     std::string peer_meta;
     Bytes location;                    // destination: what LOCATED said
+    std::size_t location_charge = 0;   // of that, until the end
     std::shared_ptr<void> found;       // destination: what the path made of that
     std::shared_ptr<Loan> loan;        // source: what was opened for it
     RangeSet pending;                  // source: to be sent. destination: to be copied

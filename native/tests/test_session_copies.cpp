@@ -306,6 +306,39 @@ TEST_CASE("violations of a source that locates") {
     CHECK_THROWS_AS(b.chunk_begin(chunk, 0), Violation);
 }
 
+TEST_CASE("M9: locations that say more than was asked for count, until their transfers end") {
+    SessionConfig config = copying();
+    config.peer_state_nbytes = 4u << 20;
+    Pair pair(config);
+    const auto located = [&](std::uint32_t blocks, std::size_t nbytes) {
+        const auto wanted = pair.b.make(Role::destination, "k" + std::to_string(pair.b.session.unfinished()),
+                                        kPool, {0}, blocks, 1);
+        pair.b.post(wanted);
+        Header header{.type = FrameType::located, .attempt = 1, .transfer = wanted->id};
+        header.body_nbytes = static_cast<std::uint32_t>(nbytes);
+        pair.b.session.receive(header, Bytes(nbytes), 0);
+        return wanted;
+    };
+    const auto cancel_all = [&](std::vector<RecordPtr>& all) {
+        for (const auto& one : std::exchange(all, {})) {
+            pair.b.session.stop(one, kCancel, 0);
+            pair.b.settle();
+        }
+    };
+    std::vector<RecordPtr> all;
+    for (int i = 0; i < 64; ++i) {  // as much as was asked for: any number of them
+        all.push_back(located(100'000, 400'000));
+    }
+    for (int round = 0; round < 3; ++round) {  // what has ended counts no more
+        cancel_all(all);
+        for (int i = 0; i < 3; ++i) {
+            all.push_back(located(1, 1 << 20));
+        }
+    }
+    CHECK_NOTHROW(located(1, 1 << 20));
+    CHECK_THROWS_AS(located(1, 1 << 20), Excess);
+}
+
 TEST_CASE("violations of a destination that asks again") {
     const auto again = [](std::uint64_t want, std::uint16_t attempt, std::vector<Range> ranges) {
         return Frame{{.type = FrameType::again, .attempt = attempt, .transfer = want}, encode_ranges(ranges)};

@@ -125,7 +125,7 @@ LIMITS = {
     "WANTs that wait for a send, and READs (H); as many more WANTs if they answer an OFFER": "unmatched",
     "OFFERs that wait for a receive, and WRITEs (H)": "unmatched",
     "writes that have ended here and whose chunks are still to come": "kMaxServedTombstones",
-    "charges of the peer's pools, and of its WANTs and OFFERs that wait": "peer_state_nbytes",
+    "charges of the peer's pools, of its WANTs and OFFERs that wait, and of its locations": "peer_state_nbytes",
     "charges of messages sent and not taken: half of the next": "message_window_nbytes",
     "charges of messages that wait for the user (H)": "message_queue_nbytes",
     "words awaited on transfers that ended without a verdict": "kMaxLate",
@@ -178,6 +178,8 @@ def test_charges() -> None:
         f"{number('kPoolGroupCharge')} for each group and {number('kPoolLayerCharge')} for each layer."
         in text
     )
+    head = number("kRecordCharge") + number("kLocationWord") * number("kMaxGroups")
+    assert f"beyond {head:,}, {number('kLocationWord')} for each block and" in text
 
 
 def test_capabilities() -> None:
