@@ -331,6 +331,9 @@ bool ShmLink::flush() {
 
 // True: the peer has, or has in its socket, all that it needs to find the pool.
 bool ShmLink::announce(const PoolMemory& source) {
+    if (source.shape->segments() > kMostShmSegments) {
+        return false;
+    }
     const std::lock_guard lock(tx_mutex_);
     if (!told_pools_.contains(source.pool)) {
         const protocol::Bytes shape = encode_shm_pool(*source.shape, source.segments);

@@ -1,6 +1,7 @@
 #include "backends/shm_pool.hpp"
 
 #include <algorithm>
+#include <iterator>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -172,23 +173,24 @@ ShmPool decode_shm_pool(std::span<const std::byte> raw, const PeerSegments& segm
     auto layers = read_layers(in, pool.mapped, named, segments, places);
     in.finish();
     try {
-        pool.shape = std::make_shared<const PoolShape>(std::move(groups), std::move(layers), named);
+        pool.shape = std::make_shared<const PoolShape>(std::move(groups), std::move(layers), named,
+                                                       kMostShmSegments);
         pool.terms = std::make_shared<const protocol::PoolTerms>(terms_of(*pool.shape));
         if (pool.mapped) {
             check_places(*pool.shape, places);
         }
+    } catch (const std::length_error& too_long) {
+        throw protocol::Excess(std::string("a pool of shared memory: ") + too_long.what());
     } catch (const std::logic_error& wrong) {
         throw Violation(std::string("a pool of shared memory can't be: ") + wrong.what());
     }
     constexpr std::uint64_t kOfAByte = 4, kOfASegment = sizeof(memory::Segment) + sizeof(std::uint64_t);
     pool.kept_nbytes = raw.size() * kOfAByte + pool.shape->cached_segments() * kOfASegment;
     for (auto& of_layer : places) {
-        for (auto& segment : of_layer) {
-            if (std::find(pool.segments.begin(), pool.segments.end(), segment) == pool.segments.end()) {
-                pool.segments.push_back(std::move(segment));
-            }
-        }
+        std::move(of_layer.begin(), of_layer.end(), std::back_inserter(pool.segments));
     }
+    std::sort(pool.segments.begin(), pool.segments.end());
+    pool.segments.erase(std::unique(pool.segments.begin(), pool.segments.end()), pool.segments.end());
     return pool;
 }
 

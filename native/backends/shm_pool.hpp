@@ -18,6 +18,10 @@
 
 namespace kvt::backends {
 
+/// Contiguous segments of the pieces of a pool, one piece of each class of layers: a peer's reactor lists
+/// them all when it reads of the pool, the most in 10 ms. What is scattered further isn't told.
+inline constexpr std::uint64_t kMostShmSegments = 4 * memory::kMaxSegments;
+
 /// A pool's memory for a peer: in segments, or, where some part lies in none, by addresses of this process.
 protocol::Bytes encode_shm_pool(const memory::PoolShape& shape,
                                 const std::vector<memory::SharedSegment>& segments);

@@ -119,13 +119,19 @@ std::vector<Segment> part_segments(const Part& part, std::uint32_t index, Heads 
     return segments;
 }
 
-PoolShape::PoolShape(std::vector<Group> groups, std::vector<Layer> layers, bool named)
+PoolShape::PoolShape(std::vector<Group> groups, std::vector<Layer> layers, bool named,
+                     std::uint64_t most_segments)
     : groups_(std::move(groups)), layers_(std::move(layers)), named_(named) {
     check_shape(groups_, layers_, named_);
     classify();
+    std::uint32_t classes = 0;
     for (std::uint32_t i = 0; i < layers_.size(); ++i) {  // so that what can be registered can be sent
-        if (i != 0 && class_of_[i] == class_of_[i - 1]) continue;
-        pattern(i, Heads::every());
+        if (class_of_[i] < classes) continue;
+        ++classes;
+        segments_ += pattern(i, Heads::every())->segments.size();
+        if (segments_ > most_segments)
+            throw std::length_error("its blocks are scattered over more than " +
+                                    std::to_string(most_segments) + " places");
     }
 }
 

@@ -89,8 +89,10 @@ struct Extent {
 
 class PoolShape {
   public:
-    // Throws std::invalid_argument, naming the layer or group and what is wrong with it.
-    PoolShape(std::vector<Group> groups, std::vector<Layer> layers, bool named);
+    // Throws std::invalid_argument, naming the layer or group and what is wrong with it; std::length_error
+    // where the pieces of all classes of layers have more than `most_segments` together.
+    PoolShape(std::vector<Group> groups, std::vector<Layer> layers, bool named,
+              std::uint64_t most_segments = UINT64_MAX);
 
     const std::vector<Group>& groups() const { return groups_; }
     const std::vector<Layer>& layers() const { return layers_; }
@@ -103,6 +105,8 @@ class PoolShape {
     // kMaxSegments.
     std::shared_ptr<const Pattern> pattern(std::uint32_t layer, Heads heads) const;
     std::uint64_t piece_nbytes(std::uint32_t layer, Heads heads) const;
+    // Of whole pieces, one of each class of layers.
+    std::uint64_t segments() const noexcept { return segments_; }
     // Of all patterns that are cached now.
     std::uint64_t cached_segments() const;
 
@@ -125,7 +129,8 @@ class PoolShape {
     std::vector<Layer> layers_;
     bool named_;
     std::vector<std::uint32_t> class_of_;  // by layer
-    mutable std::mutex mutex_;             // the cache only
+    std::uint64_t segments_ = 0;
+    mutable std::mutex mutex_;  // the cache only
     mutable std::map<Key, std::shared_ptr<const Pattern>> cache_;
     mutable std::uint64_t cached_segments_ = 0;
 };

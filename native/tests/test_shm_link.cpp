@@ -86,14 +86,14 @@ struct Exposed {
     End here;
 };
 
-// A pool whose pieces are scattered over 16 times 65,536 places.
-Bytes scattered() {
+// A pool whose pieces are scattered over so many times 65,536 places.
+std::shared_ptr<const memory::PoolShape> scattered(std::uint64_t count) {
     std::vector<memory::Layer> layers;
-    for (std::uint64_t i = 0; i < 16; ++i) {
+    for (std::uint64_t i = 0; i < count; ++i) {
         layers.push_back({std::to_string(i), 0, {{1 << 20, 1 << 18, {{65'536 - i, 2}}, 1, -1}}});
     }
     std::vector<memory::Group> groups{{"kv", 1, 0, true, "", "", "", 0}};
-    return encode_shm_pool(memory::PoolShape(std::move(groups), std::move(layers), false), {});
+    return std::make_shared<const memory::PoolShape>(std::move(groups), std::move(layers), false);
 }
 
 }  // namespace
@@ -303,17 +303,30 @@ TEST_CASE("M17: what a peer may not say on the channel ends the session") {
 }
 
 TEST_CASE("M9: descriptions of pools that take much memory here are counted, and end it") {
-    const Bytes one_pool = scattered();
+    const Bytes one_pool = encode_shm_pool(*scattered(4), {});
     CHECK(one_pool.size() < 2000);
     Exposed one;
-    for (std::uint64_t id = 0; id < 6; ++id) {  // one at a time: those that are gone don't count
+    for (std::uint64_t id = 0; id < 40; ++id) {  // one at a time: those that are gone don't count
         one.raw.file(ShmType::pool, id, one_pool);
         one.raw.say({ShmType::pool_gone, id});
     }
-    for (std::uint64_t id = 10; id < 20; ++id) {
+    for (std::uint64_t id = 100; id < 140; ++id) {
         one.raw.file(ShmType::pool, id, one_pool);
     }
     one.ends_with(Cause::resource_limit, "too long descriptions");
+}
+
+TEST_CASE("M9: a pool that is scattered further than a peer lists isn't told of, and none is taken") {
+    Links links;
+    const Memory memory(kSize, false);
+    const auto shape = scattered(5);
+    const memory::StreamPlan plan(shape, {0}, {std::make_shared<const memory::Ids>(memory::Ids{0})},
+                                  memory::Heads::every());
+    CHECK_FALSE(links.source.link->locate({plan, {shape, 9, memory.segments, false}}));
+    CHECK(links.source.link->locate(memory.source()));
+    Exposed one;
+    one.raw.file(ShmType::pool, 5, encode_shm_pool(*shape, {}));
+    one.ends_with(Cause::resource_limit, "scattered over more than 262144 places");
 }
 
 #if !defined(__SANITIZE_ADDRESS__)  // UBSan needs two descriptors to look at an exception
