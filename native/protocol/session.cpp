@@ -381,6 +381,7 @@ void Session::pump(Time now) {
         count_outstanding(*next, true);
         tell(next);
     }
+    pump_held();
     pump_holds();
     pump_messages();
     acknowledge_messages();

@@ -431,6 +431,8 @@ class Session {
     bool is_refused(const Token& token, Time now) const;
     std::optional<std::string> take_refusal(const Token& token, Time now);
     void pump_holds();
+    void say_held(std::uint64_t number, bool held);
+    void pump_held();
     void finish_hold(const HoldPtr& hold, Outcome outcome);
 
     SessionConfig config_;
@@ -466,6 +468,7 @@ class Session {
     std::map<std::uint64_t, WaitingHold> waiting_holds_;    // the peer's, by its number
     std::map<Token, std::size_t> awaited_;                  // by how many of these three
     std::map<std::uint64_t, Token> held_;                   // as waiting_holds_
+    std::map<std::uint64_t, std::uint8_t> held_due_;        // words on them that wait for room, as bits
     std::size_t served_reads_ = 0, served_writes_ = 0;      // the peer's, that go on
     std::size_t served_tombstones_ = 0;                     // of tombstones_
     std::map<std::uint64_t, HoldPtr> holds_;                // ours, once told

@@ -16,6 +16,7 @@ constexpr std::size_t kMaxHolds = 65'536, kMaxAdmitted = 65'536, kMaxTokenRefusa
 // Writes that have ended here and whose chunks, of those that the peer had begun, are still on a lane.
 constexpr std::size_t kMaxServedTombstones = 4096;
 constexpr Time kMs = 1'000'000;
+constexpr std::uint8_t kSayHeld = 1, kSayNotHeld = 2;
 
 // Of a transfer that is served: its user is the peer, whose own limits it is under.
 constexpr Time kServedMatch = 300'000 * kMs, kServedStall = 10'000 * kMs;
@@ -358,6 +359,7 @@ void Session::on_hold(const Header& header, std::span<const std::byte> raw, Time
             throw Violation("a HOLD that lets go of nothing");
         }
         stop_waiting(waiting_holds_.find(header.transfer));
+        held_due_.erase(header.transfer);  // it would be dropped
         if (const auto known = held_.extract(header.transfer); !known.empty() && grants_ != nullptr) {
             grants_->release(known.mapped());
         }
@@ -371,18 +373,43 @@ void Session::on_hold(const Header& header, std::span<const std::byte> raw, Time
     if (held_.size() + waiting_holds_.size() >= kMaxHolds) {
         throw Excess("the peer holds more than 65,536 leases");
     }
+    if (held_due_.size() >= kMaxHolds) {
+        throw Excess("the peer asks for leases faster than it reads our answers");
+    }
     const bool refused = is_refused(body.token, now);
     if (!refused && grants_ != nullptr && grants_->hold(body.token)) {
         held_.emplace(header.transfer, body.token);
-        send(FrameType::held, 0, header.transfer, 0, 0);
+        say_held(header.transfer, true);
     } else if (refused || body.wait_ms == 0) {
-        send(FrameType::held, kHeldNot, header.transfer, 0, 0);
+        say_held(header.transfer, false);
     } else {
         const Time until = now + Time{body.wait_ms} * kMs;
         waiting_holds_.emplace(header.transfer, WaitingHold{body.token, until});
         watch(until);
         wait_for_grant(body.token, now);
     }
+}
+
+// A lease may end before its peer has heard that it is held: then both words wait.
+void Session::say_held(std::uint64_t number, bool held) {
+    held_due_[number] |= held ? kSayHeld : kSayNotHeld;
+    pump_held();
+}
+
+// No answers that are bounded as others: the peer may ask for as many leases as it may have, and read later.
+void Session::pump_held() {
+    const std::size_t before = outbox_.size();
+    while (!held_due_.empty() && outbox_.size() <= config_.outbox_nbytes / 2) {
+        const auto [number, words] = *held_due_.begin();
+        held_due_.erase(held_due_.begin());
+        if ((words & kSayHeld) != 0) {
+            send(FrameType::held, 0, number, 0, 0);
+        }
+        if ((words & kSayNotHeld) != 0) {
+            send(FrameType::held, kHeldNot, number, 0, 0);
+        }
+    }
+    own_nbytes_ += outbox_.size() - before;
 }
 
 void Session::stop_waiting(std::map<std::uint64_t, WaitingHold>::iterator hold) {
@@ -396,7 +423,7 @@ void Session::stop_waiting(std::map<std::uint64_t, WaitingHold>::iterator hold) 
 void Session::hold_ended(const Token& token) {
     for (auto it = held_.begin(); it != held_.end();) {
         if (it->second == token) {
-            send(FrameType::held, kHeldNot, it->first, 0, 0);
+            say_held(it->first, false);
             it = held_.erase(it);
         } else {
             ++it;
@@ -426,7 +453,7 @@ void Session::grant_came(const Token& token, Time now) {
         const auto here = it++;
         if (here->second.token == token && grants_ != nullptr && grants_->hold(token)) {
             held_.emplace(here->first, token);
-            send(FrameType::held, 0, here->first, 0, 0);
+            say_held(here->first, true);
             stop_waiting(here);
         }
     }
@@ -463,7 +490,7 @@ void Session::stop_waiting_for_grants(Time now) {
             watch(here->second.until);
             continue;
         }
-        send(FrameType::held, kHeldNot, here->first, 0, 0);
+        say_held(here->first, false);
         stop_waiting(here);
     }
 }
@@ -487,7 +514,7 @@ void Session::refuse(const Token& token, const std::string& reason, Time until, 
     for (auto it = waiting_holds_.begin(); it != waiting_holds_.end();) {
         const auto here = it++;
         if (here->second.token == token) {
-            send(FrameType::held, kHeldNot, here->first, 0, 0);
+            say_held(here->first, false);
             stop_waiting(here);
         }
     }

@@ -160,6 +160,7 @@ void Session::drop_everything_kept() {
         }
     }
     held_.clear();
+    held_due_.clear();
     peer_pools_.clear();
     peer_charge_ = peer_regions_ = 0;
 }
