@@ -144,8 +144,8 @@ class Connection final : public backends::PathHost,
     // GrantHost
     Service serve_read(const protocol::ReadBody& read, const protocol::PoolTerms& theirs) override;
     Service serve_write(const protocol::WriteBody& write, const protocol::PoolTerms& theirs) override;
-    bool hold(const protocol::Token& token) override;
-    void release(const protocol::Token& token) override;
+    Holding hold(const protocol::Token& token) override;
+    void release(const protocol::Token& token, const Holding& holding) override;
     void took(const protocol::TookBody& what) override;
     bool await(const protocol::Token& token) override;
     void await_no_more(const protocol::Token& token) override;
@@ -263,7 +263,7 @@ class Connection final : public backends::PathHost,
     mutable std::mutex mutex_;
     std::condition_variable inactive_;
     protocol::Session session_;
-    bool could_copy_ = false;  // memory was shared until now
+    bool could_copy_ = false;    // memory was shared until now
     std::mutex delivery_mutex_;  // before mutex_
     protocol::DigestKind digest_ = protocol::DigestKind::none;
     std::shared_ptr<backends::Path> path_;  // null before open() and after close()

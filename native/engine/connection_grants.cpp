@@ -115,15 +115,18 @@ Connection::Service Connection::serve_write(const protocol::WriteBody& write, co
     return service;
 }
 
-bool Connection::hold(const Token& token) {
+Connection::Holding Connection::hold(const Token& token) {
     const auto grant = engine_.grants().hold(token, shared_from_this(), reader_);
-    if (grant) {
-        show(grant, path_, reader_);
+    if (grant == nullptr) {
+        return nullptr;
     }
-    return grant != nullptr;
+    show(grant, path_, reader_);
+    return grant->ended;
 }
 
-void Connection::release(const Token& token) { engine_.grants().release(token, reader_); }
+void Connection::release(const Token& token, const Holding& holding) {
+    engine_.grants().release(token, holding, reader_);
+}
 
 void Connection::took(const protocol::TookBody& what) { engine_.grants().took(what, reader_); }
 

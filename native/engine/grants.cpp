@@ -422,25 +422,27 @@ void Grants::served(const TransferHandle& transfer, const std::string& reader) {
 GrantHandlePtr Grants::hold(const Token& token, const std::shared_ptr<Connection>& holder,
                             const std::string& reader) {
     const std::lock_guard lock(mutex_);
-    if (!book_.hold(token, reader)) {
+    const GrantPtr known = book_.hold(token, reader);
+    if (known == nullptr) {
         return nullptr;
     }
-    auto grant = handle_of(book_.find(token));
+    auto grant = handle_of(known);
     grant->holders[reader] = holder;
     return grant;
 }
 
-void Grants::release(const Token& token, const std::string& reader) {
+void Grants::release(const Token& token, const protocol::GrantHost::Holding& holding,
+                     const std::string& reader) {
     Ended ended;
     Loans hidden;
     Time next = protocol::kNever;
     {
         const std::lock_guard lock(mutex_);
         const GrantPtr grant = book_.find(token);
-        if (const GrantPtr over = book_.release(token, reader, monotonic_ns())) {
+        if (const GrantPtr over = book_.release(token, holding, reader, monotonic_ns())) {
             ended.push_back(over);
             note_ended(ended);
-        } else if (grant) {
+        } else if (grant && grant->ended == holding) {
             hidden = hidden_from(*handle_of(grant), reader);
         }
         next = book_.next_deadline();

@@ -70,7 +70,8 @@ class Grants final : public Runnable, public std::enable_shared_from_this<Grants
     /// The grant that is held; null: no.
     GrantHandlePtr hold(const protocol::Token& token, const std::shared_ptr<Connection>& holder,
                         const std::string& reader);
-    void release(const protocol::Token& token, const std::string& reader);
+    void release(const protocol::Token& token, const protocol::GrantHost::Holding& holding,
+                 const std::string& reader);
     /// True: there is one, made perhaps since the waiter looked.
     bool await(const protocol::Token& token, const std::shared_ptr<Connection>& waiter);
     void await_no_more(const protocol::Token& token, const Connection& waiter);

@@ -57,20 +57,20 @@ GrantPtr GrantBook::admit(const Token& token, const std::string& reader, GrantMo
     return grant;
 }
 
-bool GrantBook::hold(const Token& token, const std::string& reader) {
+GrantPtr GrantBook::hold(const Token& token, const std::string& reader) {
     const GrantPtr known = find(token);
-    const GrantPtr grant = known ? admit(token, reader, known->mode) : nullptr;
-    if (grant == nullptr) {
-        return false;
+    GrantPtr grant = known ? admit(token, reader, known->mode) : nullptr;
+    if (grant != nullptr) {
+        ++grant->leases[reader];
+        grant->deadline = kNever;
     }
-    ++grant->leases[reader];
-    grant->deadline = kNever;
-    return true;
+    return grant;
 }
 
-GrantPtr GrantBook::release(const Token& token, const std::string& reader, Time now) {
+GrantPtr GrantBook::release(const Token& token, const std::shared_ptr<const std::atomic<bool>>& ended,
+                            const std::string& reader, Time now) {
     const GrantPtr grant = find(token);
-    if (grant == nullptr) {
+    if (grant == nullptr || grant->ended != ended) {
         return nullptr;
     }
     const auto mine = grant->leases.find(reader);

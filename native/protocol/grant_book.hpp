@@ -58,9 +58,12 @@ class GrantBook {
     GrantPtr find(const Token& token) const;
     /// Whether the reader, who was let in or will be, may come again without being counted.
     static bool open_to(const Grant& grant, const std::string& reader);
-    bool hold(const Token& token, const std::string& reader);
-    /// These return the grant where it has ended by this.
-    GrantPtr release(const Token& token, const std::string& reader, Time now);
+    /// The grant; null: it can't be held.
+    GrantPtr hold(const Token& token, const std::string& reader);
+    /// These return the grant where it has ended by this. `ended`: of the grant that was held; the token may
+    /// name another now.
+    GrantPtr release(const Token& token, const std::shared_ptr<const std::atomic<bool>>& ended,
+                     const std::string& reader, Time now);
     GrantPtr over(const GrantPtr& grant, const std::string& reader, bool succeeded);
     /// False: it had ended before.
     bool end(const GrantPtr& grant, GrantState state);

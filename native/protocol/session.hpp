@@ -88,9 +88,11 @@ class GrantHost {
     };
     virtual Service serve_read(const ReadBody& read, const PoolTerms& theirs) = 0;
     virtual Service serve_write(const WriteBody& write, const PoolTerms& theirs) = 0;
-    /// True: it is held for the peer, until release() or the end of the session.
-    virtual bool hold(const Token& token) = 0;
-    virtual void release(const Token& token) = 0;
+    /// Not null: it is held for the peer, until release() or the end of the session. Which grant that is,
+    /// says the pointer (a token may name another by then), and whether it has ended, what it points to.
+    using Holding = std::shared_ptr<const std::atomic<bool>>;
+    virtual Holding hold(const Token& token) = 0;
+    virtual void release(const Token& token, const Holding& holding) = 0;
     /// The peer has read by what it was shown, under this mark, without asking.
     virtual void took(const TookBody& what) = 0;
     /// Somebody waits for this grant: grant_came() whenever one of this name is made. True: one is here, made
@@ -175,7 +177,7 @@ class Session {
     /// Whose grants the peer may use; none before.
     void set_grants(GrantHost* grants) noexcept { grants_ = grants; }
     void grant_came(const Token& token, Time now);
-    /// The grant that this hold of the peer's is on has ended.
+    /// A grant of this name that the peer may hold has ended; another may have been made meanwhile.
     void hold_ended(const Token& token);
     void post_message(MessagePtr message, Time now);
     void forget_pool(std::uint64_t pool_id);
@@ -282,6 +284,10 @@ class Session {
     struct WaitingHold {
         Token token{};
         Time until = 0;
+    };
+    struct Held {
+        Token token{};
+        GrantHost::Holding holding;
     };
     struct OwnPool {
         std::size_t regions = 0, charge = 0;
@@ -431,6 +437,7 @@ class Session {
     bool is_refused(const Token& token, Time now) const;
     std::optional<std::string> take_refusal(const Token& token, Time now);
     void pump_holds();
+    bool try_hold(std::uint64_t number, const Token& token);
     void say_held(std::uint64_t number, bool held);
     void pump_held();
     void finish_hold(const HoldPtr& hold, Outcome outcome);
@@ -467,7 +474,7 @@ class Session {
     std::map<std::uint64_t, WaitingWrite> waiting_writes_;  // by offer
     std::map<std::uint64_t, WaitingHold> waiting_holds_;    // the peer's, by its number
     std::map<Token, std::size_t> awaited_;                  // by how many of these three
-    std::map<std::uint64_t, Token> held_;                   // as waiting_holds_
+    std::map<std::uint64_t, Held> held_;                    // as waiting_holds_
     std::map<std::uint64_t, std::uint8_t> held_due_;        // words on them that wait for room, as bits
     std::size_t served_reads_ = 0, served_writes_ = 0;      // the peer's, that go on
     std::size_t served_tombstones_ = 0;                     // of tombstones_

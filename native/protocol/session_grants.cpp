@@ -361,7 +361,7 @@ void Session::on_hold(const Header& header, std::span<const std::byte> raw, Time
         stop_waiting(waiting_holds_.find(header.transfer));
         held_due_.erase(header.transfer);  // it would be dropped
         if (const auto known = held_.extract(header.transfer); !known.empty() && grants_ != nullptr) {
-            grants_->release(known.mapped());
+            grants_->release(known.mapped().token, known.mapped().holding);
         }
         return;
     }
@@ -377,10 +377,10 @@ void Session::on_hold(const Header& header, std::span<const std::byte> raw, Time
         throw Excess("the peer asks for leases faster than it reads our answers");
     }
     const bool refused = is_refused(body.token, now);
-    if (!refused && grants_ != nullptr && grants_->hold(body.token)) {
-        held_.emplace(header.transfer, body.token);
-        say_held(header.transfer, true);
-    } else if (refused || body.wait_ms == 0) {
+    if (!refused && try_hold(header.transfer, body.token)) {
+        return;
+    }
+    if (refused || body.wait_ms == 0) {
         say_held(header.transfer, false);
     } else {
         const Time until = now + Time{body.wait_ms} * kMs;
@@ -388,6 +388,16 @@ void Session::on_hold(const Header& header, std::span<const std::byte> raw, Time
         watch(until);
         wait_for_grant(body.token, now);
     }
+}
+
+bool Session::try_hold(std::uint64_t number, const Token& token) {
+    auto holding = grants_ != nullptr ? grants_->hold(token) : nullptr;
+    if (holding == nullptr) {
+        return false;
+    }
+    held_.emplace(number, Held{token, std::move(holding)});
+    say_held(number, true);
+    return true;
 }
 
 // A lease may end before its peer has heard that it is held: then both words wait.
@@ -422,7 +432,7 @@ void Session::stop_waiting(std::map<std::uint64_t, WaitingHold>::iterator hold) 
 
 void Session::hold_ended(const Token& token) {
     for (auto it = held_.begin(); it != held_.end();) {
-        if (it->second == token) {
+        if (it->second.token == token && it->second.holding->load(std::memory_order_acquire)) {
             say_held(it->first, false);
             it = held_.erase(it);
         } else {
@@ -451,9 +461,7 @@ void Session::grant_came(const Token& token, Time now) {
     }
     for (auto it = waiting_holds_.begin(); it != waiting_holds_.end();) {
         const auto here = it++;
-        if (here->second.token == token && grants_ != nullptr && grants_->hold(token)) {
-            held_.emplace(here->first, token);
-            say_held(here->first, true);
+        if (here->second.token == token && try_hold(here->first, token)) {
             stop_waiting(here);
         }
     }

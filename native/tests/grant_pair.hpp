@@ -51,8 +51,13 @@ class BookHost final : public GrantHost {
         if (busy) return {Answer::busy, nullptr, {}};
         return serve(write.use, write.terms, theirs, Role::destination);
     }
-    bool hold(const Token& token) override { return book.hold(token, reader); }
-    void release(const Token& token) override { end(book.release(token, reader, 0)); }
+    Holding hold(const Token& token) override {
+        const GrantPtr grant = book.hold(token, reader);
+        return grant ? grant->ended : nullptr;
+    }
+    void release(const Token& token, const Holding& holding) override {
+        end(book.release(token, holding, reader, 0));
+    }
     void took(const TookBody& what) override {  // all is shown to whom it is open, under mark 1
         const GrantPtr grant = book.admit(what.token, reader, GrantMode::read);
         if (grant != nullptr && what.mark == 1) end(book.over(grant, reader, true));

@@ -68,19 +68,19 @@ TEST_CASE("a lease keeps its reader from having finished, and the clock from run
     CHECK(book.hold(token_of(1), "x"));
     CHECK(book.expire(1000).empty());
     CHECK(book.over(grant, "x", true) == nullptr);
-    CHECK(book.release(token_of(1), "x", 1000) == nullptr);
+    CHECK(book.release(token_of(1), grant->ended, "x", 1000) == nullptr);
     CHECK(book.expire(5000).empty());
-    CHECK(book.release(token_of(1), "y", 6000) == nullptr);
-    CHECK(book.release(token_of(1), "x", 6000) == grant);
+    CHECK(book.release(token_of(1), grant->ended, "y", 6000) == nullptr);
+    CHECK(book.release(token_of(1), grant->ended, "x", 6000) == grant);
     CHECK(grant->state == GrantState::read);
-    CHECK(book.release(token_of(1), "x", 6000) == nullptr);
+    CHECK(book.release(token_of(1), grant->ended, "x", 6000) == nullptr);
 }
 
 TEST_CASE("the clock of a grant has a whole ttl again when the last lease goes") {
     GrantBook book;
     const auto grant = added(book, 1, 2, 100);
     CHECK(book.hold(token_of(1), "x"));
-    CHECK(book.release(token_of(1), "x", 5000) == nullptr);
+    CHECK(book.release(token_of(1), grant->ended, "x", 5000) == nullptr);
     CHECK(book.next_deadline() <= 5100);
     CHECK(book.expire(5099).empty());
     CHECK(book.expire(5100) == std::vector{grant});
@@ -95,7 +95,7 @@ TEST_CASE("a standing grant serves who was here before, with a lease or without"
         CHECK(book.admit(token_of(1), "x", kRead) == grant);
         CHECK(book.over(grant, "x", true) == nullptr);
         CHECK(book.hold(token_of(1), "x"));
-        CHECK(book.release(token_of(1), "x", 0) == nullptr);
+        CHECK(book.release(token_of(1), grant->ended, "x", 0) == nullptr);
     }
     CHECK(grant->finished.empty());
     CHECK(grant->admitted.empty());

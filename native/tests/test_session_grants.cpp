@@ -280,6 +280,34 @@ TEST_CASE("leases: the word that one has ended crosses its being let go") {
     g.expect_nothing_left();
 }
 
+TEST_CASE("a token that names another grant by now: each lease is on the one that it was given for") {
+    for (const bool lets_go : {false, true}) {
+        CAPTURE(lets_go);
+        Granting g;
+        const auto earlier = grant_of(1), later = grant_of(1, GrantMode::read, 2);
+        g.host.add(earlier);
+        const auto on_earlier = g.hold(1);
+        g.run();
+        g.host.book.end(earlier, GrantState::revoked);  // the reactor hasn't told of it yet
+        g.host.add(later);
+        const auto on_later = g.hold(1);
+        if (lets_go) g.let_go(on_earlier);
+        g.run();
+        CHECK(on_later->state == Hold::State::held);
+        CHECK(later->leases["b"] == 1);
+        g.host.stop(earlier);
+        g.run();
+        CHECK(on_earlier->outcome.cause == (lets_go ? Cause::ok : Cause::grant_stale));
+        CHECK(on_later->state == Hold::State::held);
+        CHECK(later->leases["b"] == 1);
+        g.let_go(on_later);
+        g.run();
+        CHECK_FALSE(later->leases.contains("b"));
+        CHECK(later->finished.contains("b"));
+        g.expect_nothing_left();
+    }
+}
+
 TEST_CASE("a refusal before and after: the waiting side hears the reason") {
     Granting g;
     g.pair.a.session.refuse(token_of(1), "no prefill", 100 * kMs, 0);

@@ -29,9 +29,12 @@ class Machine::Owner final : public GrantHost {
     Service serve_write(const WriteBody& write, const PoolTerms& theirs) override {
         return machine_.serve(write.use, write.terms, theirs, Role::destination);
     }
-    bool hold(const Token& token) override { return machine_.book_.hold(token, kReader); }
-    void release(const Token& token) override {
-        machine_.ended(machine_.book_.release(token, kReader, machine_.clock_.now()));
+    Holding hold(const Token& token) override {
+        const GrantPtr grant = machine_.book_.hold(token, kReader);
+        return grant ? grant->ended : nullptr;
+    }
+    void release(const Token& token, const Holding& holding) override {
+        machine_.ended(machine_.book_.release(token, holding, kReader, machine_.clock_.now()));
         machine_.watch_grants();
     }
     void took(const TookBody& what) override {
