@@ -24,7 +24,6 @@ Connection::Connection(Engine& engine, std::string session_id)
     : engine_(engine),
       session_id_(std::move(session_id)),
       control_tally_(&engine.tally("none")),
-      session_(monotonic_ns()),
       heard_at_(monotonic_ns()),
       spoke_at_(monotonic_ns()),
       dead_after_(engine.options().dead_after_ns) {}
@@ -76,7 +75,8 @@ Connection::Output Connection::take_output() {
     return output;
 }
 
-// True when what was done may have changed the session again.
+// True when what was done may have changed the session again. What a small write of this thread leaves is a
+// word on a gate, and gates are polled.
 bool Connection::settle_once(std::uint64_t small_nbytes) {
     Output output = take_output();
     // A success is done here before the peer can hear of it: what it sends then finds the handle done. A
@@ -114,13 +114,7 @@ bool Connection::settle_once(std::uint64_t small_nbytes) {
         output.path->kick(small_nbytes);
     }
     engine_.need_by(output.deadline, output.gated ? shared_from_this() : nullptr);
-    return !output.quiescing.empty() || (small_nbytes != 0 && output.payload && has_output());
-}
-
-// What this thread wrote itself has ended, or stands at a shut gate: nobody else says so.
-bool Connection::has_output() const {
-    const std::lock_guard lock(mutex_);
-    return session_.has_output();
+    return !output.quiescing.empty();
 }
 
 // Small transfers ride on the control stream. Under the lock: at most 16 KiB are copied a frame.
@@ -398,7 +392,7 @@ Time Connection::on_tick(Time now, bool heartbeat, bool resumed) {
         }
         session_.on_time(now);
         if (heartbeat && live && now - spoke_at_.load() >= engine_.options().ping_every_ns - 20'000'000) {
-            session_.ping(now);
+            session_.ping();
         }
         output = session_.has_output();
     }

@@ -234,7 +234,6 @@ class Connection final : public backends::PathHost,
                                        const char* backend);
     void settle(std::uint64_t small_nbytes);
     bool settle_once(std::uint64_t small_nbytes);
-    bool has_output() const;
     void put_inline();
     bool lane_grace_over(protocol::Time now);
     void unwatch_process();

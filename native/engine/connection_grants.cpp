@@ -216,7 +216,7 @@ std::shared_ptr<LeaseHandle> Connection::hold(const Token& token, std::uint32_t 
 }
 
 std::shared_ptr<Connection> Connection::place(const std::shared_ptr<LeaseHandle>& lease) {
-    const auto taker = unless_inherited([&] { session_.post_hold(lease, monotonic_ns()); });
+    const auto taker = unless_inherited([&] { session_.post_hold(lease); });
     if (!taker) {
         return shared_from_this();
     }

@@ -74,7 +74,7 @@ void Connection::attach_gate(TransferHandle& handle) {
 void Connection::take_over_rest(Connection& other, Time now) {
     for (auto& hold : other.session_.give_up_holds()) {
         std::static_pointer_cast<LeaseHandle>(hold)->move_to(shared_from_this());
-        session_.post_hold(std::move(hold), now);
+        session_.post_hold(std::move(hold));
     }
     for (auto& message : other.session_.give_up_messages()) {
         session_.post_message(std::move(message), now);

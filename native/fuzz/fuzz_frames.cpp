@@ -29,7 +29,7 @@ constexpr std::size_t kOursNbytes = 256u << 10;          // of frames that our o
 
 class Script {
   public:
-    Script(Input input, std::size_t base) : input_(input), base_nbytes_(base), peer_(), session_(Time{0}) {
+    Script(Input input, std::size_t base) : input_(input), base_nbytes_(base), peer_() {
         const Op op = input_.op();
         session_.set_grants(&grants_);
         config_ = {
@@ -329,7 +329,7 @@ class Script {
             case 12: session_.refuse(token_of(op.b), "refused", now_ + op.c, now_); break;
             case 0: session_.forget_pool(op.b % 4u + 1); break;
             case 1: session_.resumed(now_); break;
-            case 2: session_.ping(now_); break;
+            case 2: session_.ping(); break;
             case 7: session_.set_pulls((op.b & 1) != 0, now_); break;
             case 3: reads_ = !reads_; break;  // the peer's side of our outbox
             case 4:
@@ -349,7 +349,7 @@ class Script {
         try {
             const auto hold = std::make_shared<Hold>();
             hold->token = token_of(op.b);
-            session_.post_hold(hold, now_);
+            session_.post_hold(hold);
             holds_.push_back(hold);
         } catch (const LocalViolation&) {
         }

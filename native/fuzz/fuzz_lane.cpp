@@ -32,7 +32,7 @@ std::byte meant(std::uint64_t want, std::uint64_t offset) {
 
 class Script final : public LaneHost {
   public:
-    explicit Script(Input input) : input_(input), session_(Time{0}), scratch_(300), ring_(700) {
+    explicit Script(Input input) : input_(input), scratch_(300), ring_(700) {
         const Op op = input_.op();
         const DigestKind digest = (op.code & 1) != 0 ? DigestKind::crc32c : DigestKind::none;
         session_.open({.digest = digest}, now_);

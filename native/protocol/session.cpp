@@ -70,7 +70,7 @@ void Session::send(FrameType type, std::uint8_t flags, std::uint64_t transfer, s
     send(header, {});
 }
 
-void Session::ping(Time) { send(FrameType::ping, 0, 0, 0, 0); }
+void Session::ping() { send(FrameType::ping, 0, 0, 0, 0); }
 
 void Session::say_close(CloseCode code) { send(FrameType::close, 0, 0, 0, static_cast<std::uint64_t>(code)); }
 

@@ -150,8 +150,8 @@ inline constexpr std::uint64_t message_charge(std::uint64_t nbytes) noexcept { r
 class Session {
   public:
     /// A session whose handshake isn't over: what is posted waits for open().
-    explicit Session(Time) {}
-    explicit Session(SessionConfig config, Time) : config_(config), opened_(true), pulls_(config.pulls) {}
+    Session() = default;
+    explicit Session(SessionConfig config) : config_(config), opened_(true), pulls_(config.pulls) {}
     void open(SessionConfig config, Time now);
     /// Before open(): gives up what was posted, for another session with the same peer to take over.
     std::vector<TransferPtr> give_up_posts();
@@ -167,7 +167,7 @@ class Session {
     void refuse(const std::string& key, const std::string& reason, Time until, Time now);
     /// For who waits by this token, or will.
     void refuse(const Token& token, const std::string& reason, Time until, Time now);
-    void post_hold(HoldPtr hold, Time now);
+    void post_hold(HoldPtr hold);
     void let_go(const HoldPtr& hold);
     /// Whether a grant of the peer's that stands in the open may be read by this side itself. `counted`: one
     /// read, without a lease, is all that there is.
@@ -218,7 +218,7 @@ class Session {
     void returned(const TransferPtr& transfer, Time now);
     void lost(Cause cause, const std::string& reason, Time now);
     bool is_lost() const noexcept { return lost_; }
-    void ping(Time now);
+    void ping();
     void say_close(CloseCode code);
 
     // Output, taken by the caller under the same lock.

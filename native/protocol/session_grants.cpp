@@ -78,7 +78,7 @@ void Session::admitted_to(const Token& token) {
     }
 }
 
-void Session::post_hold(HoldPtr hold, Time) {
+void Session::post_hold(HoldPtr hold) {
     if (lost_) {
         finish_hold(hold, {lost_cause_, Delivered::no, lost_reason_, {}});
         return;

@@ -170,7 +170,7 @@ struct Granting {
         auto hold = std::make_shared<Hold>();
         hold->token = token_of(token);
         hold->wait_ms = wait_ms;
-        pair.b.session.post_hold(hold, pair.now);
+        pair.b.session.post_hold(hold);
         pair.b.settle(pair.now);
         return hold;
     }

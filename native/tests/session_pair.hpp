@@ -75,7 +75,7 @@ inline PoolTerms pool_of(std::size_t layers, bool named = true) {
 /// One side: a session, what it has said, and what it has asked of its engine.
 class Party {
   public:
-    explicit Party(SessionConfig config) : session(config, 0) {}
+    explicit Party(SessionConfig config) : session(config) {}
 
     RecordPtr make(Role role, const std::string& key, const PoolTerms& pool,
                    std::vector<std::uint16_t> layers, std::uint32_t blocks, std::uint64_t piece_nbytes) {

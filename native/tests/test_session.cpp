@@ -531,7 +531,7 @@ TEST_CASE("a pool beyond the peer's regions is refused at the post, until anothe
 }
 
 TEST_CASE("the peer's regions are known only when the session opens: what is beyond ends then") {
-    Session session(0);
+    Session session;
     Party side{SessionConfig{}};
     std::vector<RecordPtr> posts;
     for (int i = 0; i < 3; ++i) {
@@ -548,7 +548,7 @@ TEST_CASE("the peer's regions are known only when the session opens: what is bey
 }
 
 TEST_CASE("posts wait for the handshake, and may move to another session") {
-    Session session(0);
+    Session session;
     Party side{SessionConfig{}};
     auto source = side.make(Role::source, "s", kFour, {0}, 1, 8);
     auto destination = side.make(Role::destination, "d", kFour, {0}, 1, 8);

@@ -185,7 +185,7 @@ TEST_CASE("DONE overtakes the note that the last chunk has left") {
             m.pair.a.settle();
             CHECK(m.source->finished);
             CHECK(m.source->outcome.cause == (truth ? Cause::ok : Cause::protocol_error));
-            m.pair.b.session.ping(0);
+            m.pair.b.session.ping();
             m.pair.b.settle();
             if (truth) {
                 m.pair.run();

@@ -72,8 +72,8 @@ Machine::Machine(unsigned index, Clock& clock, Random& random, Checker& checker,
       checker_(checker),
       setup_(std::move(setup)),
       memory_(setup_.pieces, random),
-      session_(setup_.config, clock.now()),
-      dialled_(setup_.dials ? std::make_unique<Session>(clock.now()) : nullptr) {
+      session_(setup_.config),
+      dialled_(setup_.dials ? std::make_unique<Session>() : nullptr) {
     own_grants();
 }
 

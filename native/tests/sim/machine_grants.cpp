@@ -229,7 +229,7 @@ void Machine::hold(std::uint8_t n, std::uint32_t wait_ms, Time keep) {
     lease->token[0] = static_cast<std::byte>(n);
     lease->wait_ms = wait_ms;
     leases_.push_back(lease);
-    guarded([&] { session_.post_hold(lease, clock_.now()); });
+    guarded([&] { session_.post_hold(lease); });
     settle();
     later(keep, [this, lease] {
         guarded([&] { session_.let_go(lease); });
