@@ -97,8 +97,13 @@ std::error_code EventLoop::add(int fd, std::uint32_t events, std::shared_ptr<Pol
     epoll_event event{};
     event.events = events;
     event.data.u64 = token;
-    by_token_[token] = pollable;
-    by_fd_[fd] = {token, std::move(pollable)};
+    by_fd_[fd] = {token, pollable};
+    try {
+        by_token_[token] = std::move(pollable);
+    } catch (...) {
+        by_fd_.erase(fd);
+        throw;
+    }
     if (::epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, fd, &event) != 0) {
         const std::error_code refused(errno, std::generic_category());
         by_token_.erase(token);

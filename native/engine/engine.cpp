@@ -431,15 +431,14 @@ int Engine::event_fd() {
 }
 
 void Engine::post_event(Event event) {
+    Fd own(event.fd);  // until somebody has it who takes events
     const std::lock_guard lock(events_mutex_);
     if (pending_events_.size() >= kMaxEvents) {
-        if (event.fd >= 0) {
-            ::close(event.fd);
-        }
         return;
     }
-    handed_over_ += event.fd >= 0 ? 1u : 0u;
     pending_events_.push_back(std::move(event));
+    handed_over_ += own ? 1u : 0u;
+    own.release();
     raise_fd(events_);
 }
 

@@ -1,15 +1,17 @@
 // What the system refuses, and what peers do to a socket: it costs the connection that it is about, never the
 // process, and is told at once.
 //
-// epoll_ctl and eventfd are this program's own, so that they can be told to refuse.
+// epoll_ctl, eventfd and operator new are this program's own, so that they can be told to refuse.
 #define DOCTEST_CONFIG_IMPLEMENT_WITH_MAIN
 #include <doctest/doctest.h>
+#include <fcntl.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <sys/syscall.h>
 
 #include <atomic>
 #include <cerrno>
+#include <cstdlib>
 #include <new>
 
 #include "engine_pair.hpp"
@@ -17,6 +19,7 @@
 namespace {
 
 std::atomic<int> refuse_watches{0}, refuse_eventfds{0};
+thread_local int allocations_left = -1;  // of this thread; -1: as many as there are
 
 bool refuses(std::atomic<int>& left) {
     int known = left.load();
@@ -42,6 +45,19 @@ extern "C" int eventfd(unsigned count, int flags) noexcept {
     }
     return static_cast<int>(::syscall(SYS_eventfd2, count, flags));
 }
+
+[[gnu::noinline]] void* operator new(std::size_t size) {
+    if (allocations_left == 0) {
+        throw std::bad_alloc();
+    }
+    allocations_left -= allocations_left > 0 ? 1 : 0;
+    if (void* const at = std::malloc(size)) {
+        return at;
+    }
+    throw std::bad_alloc();
+}
+[[gnu::noinline]] void operator delete(void* at) noexcept { std::free(at); }
+[[gnu::noinline]] void operator delete(void* at, std::size_t) noexcept { std::free(at); }
 
 using namespace kvt;
 using namespace kvt::test;
@@ -197,6 +213,51 @@ TEST_CASE("what Python hasn't taken counts among the pending, and the oldest goe
         ::close(event.fd);
     }
     CHECK(taken == most);
+}
+
+TEST_CASE("an event that there is no memory for closes its descriptor, and isn't counted") {
+    const Side side(kSmall, 's');
+    std::size_t posted = 0;
+    bool threw = false;
+    while (!threw) {
+        int ends[2];
+        REQUIRE(::pipe2(ends, O_CLOEXEC | O_NONBLOCK) == 0);
+        const Fd far(ends[0]);
+        Event event;
+        event.kind = Event::Kind::accepted;
+        event.fd = ends[1];
+        allocations_left = 0;
+        try {
+            side.engine->post_event(std::move(event));
+            ++posted;
+        } catch (const std::bad_alloc&) {
+            threw = true;
+        }
+        allocations_left = -1;
+        char byte = 0;
+        CHECK(::read(far.get(), &byte, 1) == (threw ? 0 : -1));
+    }
+    CHECK(side.engine->handed_over() == posted);
+    for (const Event& event : side.engine->poll_events()) {
+        ::close(event.fd);
+    }
+}
+
+TEST_CASE("what can't be watched for want of memory isn't kept") {
+    EventLoop loop("test-loop", -1);
+    const Fd watched = make_eventfd();
+    bool added = false;
+    for (int left = 0; !added; ++left) {
+        const auto pollable = std::make_shared<Failing>();
+        allocations_left = left;
+        try {
+            added = !loop.add(watched.get(), EPOLLIN, pollable);
+        } catch (const std::bad_alloc&) {
+        }
+        allocations_left = -1;
+        CHECK(pollable.use_count() == (added ? 3 : 1));
+    }
+    loop.remove(watched.get());
 }
 
 TEST_CASE("a lane that ends behind bytes has ended") {
