@@ -24,6 +24,7 @@ Connection::Connection(Engine& engine, std::string session_id)
     : engine_(engine),
       session_id_(std::move(session_id)),
       control_tally_(&engine.tally("none")),
+      copies_tally_(control_tally_.load()),
       heard_at_(monotonic_ns()),
       spoke_at_(monotonic_ns()),
       dead_after_(engine.options().dead_after_ns) {}

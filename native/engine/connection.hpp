@@ -259,6 +259,7 @@ class Connection final : public backends::PathHost,
     std::string session_id_;
     Tally tally_;
     std::atomic<Tally*> control_tally_;  // the engine's, of the backend by which messages go
+    std::atomic<Tally*> copies_tally_;   // and of that by which this side copies
     mutable std::mutex mutex_;
     std::condition_variable inactive_;
     protocol::Session session_;

@@ -24,6 +24,7 @@ void Connection::prepare(std::shared_ptr<backends::Path> path, const protocol::S
             backend_ = path->name();
             backend_of_copies_ = path->name_of_copies();
             control_tally_.store(&engine_.tally(backend_));
+            copies_tally_.store(&engine_.tally(backend_of_copies_));
             path_ = std::move(path);
             digest_ = config.digest;
             session_.open(config, now);

@@ -120,7 +120,9 @@ std::shared_ptr<DoneRead> Connection::copy_now(const FoundGrant& grant, PostArgs
         const std::lock_guard lock(mutex_);
         session_.took({args.use->token, grant.mark}, to.nbytes(), grant.counted);
     }
-    count(Operation::read, protocol::Cause::ok, to.nbytes(), over - began);
+    for (Tally* const tally : {&tally_, copies_tally_.load()}) {
+        tally->record(Operation::read, protocol::Cause::ok, to.nbytes(), over - began);
+    }
     const auto read = std::make_shared<DoneRead>(args.plan, backend, over - began);
     if (args.queue) {
         read->subscribe(args.queue, args.tag);
