@@ -109,7 +109,8 @@ class Connection(Standing):
     def refuse(self, key_or_token: str | bytes, reason: str, *, remember_s: float = MATCH_TIMEOUT_S) -> None:
         """Tell the side that waits by this key or token, or will within `remember_s` seconds, that nothing comes.
 
-        It gets PeerAborted(reason) at once: for a prefill that failed before it could send or grant.
+        It gets PeerAborted(reason) at once: for a prefill that failed before it could send or grant. A lease that
+        waits for a grant gets PermissionDenied, and the read after it PeerAborted(reason).
         """
         self._require_open()
         token = raw_if_token(key_or_token)

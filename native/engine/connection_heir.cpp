@@ -79,6 +79,7 @@ void Connection::take_over_rest(Connection& other, Time now) {
     for (auto& message : other.session_.give_up_messages()) {
         session_.post_message(std::move(message), now);
     }
+    session_.take_over_refusals(other.session_, now);
 }
 
 void Connection::adopt(const std::shared_ptr<Connection>& other) {

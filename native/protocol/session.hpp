@@ -159,6 +159,8 @@ class Session {
     std::deque<MessagePtr> give_up_messages() { return std::exchange(messages_, {}); }
     /// A post that another session gave up; it keeps its clock. Throws as post() does.
     void take_over(TransferPtr transfer, Time now);
+    /// What was refused on a session that gives up its posts.
+    void take_over_refusals(Session& before, Time now);
 
     // What the local user asks. post() throws LocalViolation when the key is in use, Excess when the pool's
     // layers go beyond what the peer allows.

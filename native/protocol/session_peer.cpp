@@ -1,6 +1,7 @@
 // What a peer says that isn't one role's, and what is kept of it: pools, unmatched WANTs and OFFERs,
 // refusals. All of it is counted, and what goes beyond the limits ends the session.
 #include <algorithm>
+#include <utility>
 
 #include "protocol/session.hpp"
 
@@ -241,6 +242,23 @@ void Session::refuse(const std::string& key, const std::string& reason, Time unt
         throw Excess("more than 65,536 refusals are remembered on this connection");
     }
     refusals_[key] = {reason, until};
+}
+
+void Session::take_over_refusals(Session& before, Time now) {
+    const auto take = [&](auto& refused) {
+        for (const auto& [name, refusal] : std::exchange(refused, {})) {
+            if (refusal.until <= now) {
+                continue;
+            }
+            try {
+                refuse(name, refusal.reason, refusal.until, now);
+            } catch (const Excess&) {
+                return;  // nobody is in the call that could be told: who waits finds out by its own limit
+            }
+        }
+    };
+    take(before.refusals_);
+    take(before.token_refusals_);
 }
 
 std::optional<std::string> Session::take_refusal(const std::string& key, Time now) {

@@ -5,6 +5,7 @@ import threading
 
 import pytest
 
+import kvtransport as kvt
 from kvtransport.acceptor.lanes import Lane
 from kvtransport.errors import ConnectionClosed, WaitTimeout
 
@@ -141,6 +142,24 @@ def test_the_peers_dial_is_not_given_to_what_was_closed(endpoint, turns, other):
     else:
         assert ours.accept(LIMIT_S) is accepted
     messages_pass(found, accepted)
+
+
+def test_refused_before_there_is_a_session(endpoint, free_port):
+    """By key and by token: who comes later is told, as by a connection that was open."""
+    ours, theirs = endpoint(), endpoint()
+    where, token = f"127.0.0.1:{free_port}", kvt.new_token()
+    early = ours.connect(where, timeout=LIMIT_S, wait=False)
+    early.refuse("key", "out of memory")
+    early.refuse(token, "out of time")
+    theirs.listen(where)
+    back, pool = theirs.accept(LIMIT_S), theirs.register(bytearray(64))
+    waiting = {
+        "out of memory": back.recv_blocks(pool, [0], key="key"),
+        "out of time": back.read_blocks(token, pool, [1], wait_grant_s=LIMIT_S),
+    }
+    for reason, transfer in waiting.items():
+        with pytest.raises(kvt.PeerAborted, match=reason):
+            transfer.result(LIMIT_S / 4)
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -323,6 +323,23 @@ def test_posted_before_there_is_a_session(endpoint, free_port):
         assert grant.result(LIMIT_S) is None
 
 
+@pytest.mark.parametrize("first", ["the lease", "the refusal"])
+def test_a_lease_that_waits_is_refused(ends, first):
+    """At once, in either order; the refusal is kept for the read, which tells the reason."""
+    token = kvt.new_token()
+    if first == "the refusal":
+        ends.out.refuse(token, "out of memory")
+        ends.out.send_message(b"now").result(LIMIT_S)  # and so it has been heard
+    lease = ends.back.hold(token, wait_grant_s=LIMIT_S)
+    ends.back.send_message(b"now").result(LIMIT_S)
+    if first == "the lease":
+        ends.out.refuse(token, "out of memory")
+    kvt.wait([lease], LIMIT_S / 4)
+    assert isinstance(lease.exception(), PermissionDenied)
+    error = raised(kvt.PeerAborted, ends.read(token, wait_grant_s=LIMIT_S))
+    assert error.reason == "out of memory"
+
+
 def test_in_a_forked_child(ends):
     """ForkedProcessError, at once, whatever is asked; the parent's grants go on."""
     grant = ends.of.grant([0])
