@@ -126,7 +126,9 @@ class WorkerSide:
         self._grants[request["id"]] = self._memory.pool.grant(ids, token=request["token"], **options)
 
     def revoke(self, request: JSON) -> None:
-        self._grants[request["id"]].revoke()  # when it returns, the blocks may be rewritten
+        """When it returns, the blocks may be rewritten. Decode may have let go, of another rank's word, already."""
+        if grant := self._grants.get(request["id"]):
+            grant.revoke()
 
     def refuse(self, request: JSON, reason: str) -> None:
         for where in request["decode"]:  # to a peer that is connected: the same connection

@@ -30,7 +30,7 @@ if __name__ == "__main__":
 WRONG, DENIED, EXPIRED = r"\d+ words are wrong after load", "D says PermissionDenied", "'outcome': 'expired'"
 FAULTS = {  # what is said of one rank to two, and of two to one
     "the other half of the heads": (
-        "all blocks",
+        "abort when done",
         """def _sources(self, ranks):
         for source in super()._sources(ranks):
             first = source.src_heads.start
