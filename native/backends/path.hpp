@@ -62,6 +62,13 @@ enum class Copied {
     broke,  // there is no way to that memory any more
 };
 
+/// How a grant stands that was found.
+enum class Standing {
+    good,
+    ended,       // its blocks may have been rewritten
+    owner_gone,  // the process has ended
+};
+
 /// A grant of the peer's that was found so. Its owner may be lying: of what it says only `shape` is checked.
 struct FoundGrant {
     virtual ~FoundGrant() = default;
@@ -70,10 +77,13 @@ struct FoundGrant {
     bool every_block = false;  // then `blocks` is empty
     bool counted = false;
     std::uint64_t mark = 0;            // see Publication
+    bool mapped = false;               // the shape's addresses can be read here, for as long as this lives
     std::vector<memory::Ids> blocks;   // by group
     std::uint64_t at_once_nbytes = 0;  // that a thread which waits for nothing else may copy by itself
     /// Copies `from`, a stream of the grant's, to `to`, in the calling thread; while its path lives.
     virtual Copied copy(const memory::StreamPlan& from, const memory::StreamPlan& to) const = 0;
+    /// Of what this thread has read of the blocks until now; at any time.
+    virtual Standing standing() const = 0;
 };
 
 /// The engine's side of the seam. Every member takes the session's lock itself; none may be called with a

@@ -94,6 +94,15 @@ void OwnBoard::end(GrantPlace place) noexcept {
     }
 }
 
+void OwnBoard::end_grants() noexcept {
+    for (std::uint32_t slot = 0; slot < kBoardGrants; ++slot) {
+        const std::uint64_t generation = memory().grants[slot].generation.load(kRelaxed);
+        if (generation % 2 != 0) {
+            end(GrantPlace{slot, generation});
+        }
+    }
+}
+
 std::optional<GrantPlace> OwnBoard::publish(const GrantToken& token, std::uint32_t pool,
                                             std::span<const GroupIds> groups, bool counted) {
     std::uint64_t count = 0;

@@ -100,6 +100,8 @@ class OwnBoard {
     /// Nothing where it has ended before.
     void end(Guard guard) noexcept;
     void end(GrantPlace place) noexcept;
+    /// All grants: for who can't end them one by one any more.
+    void end_grants() noexcept;
     /// One for any number of ends.
     static void fence() noexcept { std::atomic_thread_fence(std::memory_order_seq_cst); }
 

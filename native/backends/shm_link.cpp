@@ -122,6 +122,11 @@ void ShmLink::close() {
         return;
     }
     up_.store(false);
+    {  // the board outlives this link where the peer has it mapped, and nobody could end them there then
+        const std::lock_guard lock(board_mutex_);
+        board_.end_grants();
+        OwnBoard::fence();
+    }
     reactor_.remove(channel_.get());
     ::shutdown(channel_.get(), SHUT_RDWR);
 }

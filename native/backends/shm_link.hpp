@@ -58,6 +58,8 @@ class ShmLink final : public Pollable, public std::enable_shared_from_this<ShmLi
     std::optional<Located> locate(const SourceMemory& source);
     void forget_pool(std::uint64_t pool);
     std::shared_ptr<Publication> publication();
+    /// Reads what the peer has put into the channel, without waiting for the reactor to come to it.
+    void catch_up();
 
     // As a destination. Any number of threads at once.
     Copied copy(protocol::Transfer& to, protocol::Range range);
@@ -67,6 +69,7 @@ class ShmLink final : public Pollable, public std::enable_shared_from_this<ShmLi
     class Borrowed;
     class Found;
     class Published;
+    class Telling;
     struct FoundHere;
 
     void read_channel();

@@ -29,7 +29,7 @@ std::uint64_t mark_of(GrantPlace place) { return place.generation * kBoardGrants
 
 }  // namespace
 
-// The link may go before the grant does: then there is nobody whom the end would be news for.
+// The link may go before the grant does: its close() has then ended whatever it showed.
 class ShmLink::Published final : public Publication {
   public:
     explicit Published(std::weak_ptr<ShmLink> link) : link_(std::move(link)) {}
@@ -52,6 +52,7 @@ class ShmLink::Published final : public Publication {
             link->end(*place_);
         }
         place_.reset();
+        OwnBoard::fence();  // where the link's close() has ended it
     }
 
   private:
@@ -65,7 +66,15 @@ struct ShmLink::FoundHere final : FoundGrant {
     Copied copy(const memory::StreamPlan& from, const memory::StreamPlan& to) const override {
         return link->up() ? link->copy_granted(*this, from, to) : Copied::broke;
     }
+    Standing standing() const override {
+        const auto alive = keep_link.lock();
+        if (alive == nullptr || !alive->peer_board_->still(place)) {
+            return Standing::ended;
+        }
+        return alive->process_.alive() ? Standing::good : Standing::owner_gone;
+    }
     const ShmLink* link = nullptr;
+    std::weak_ptr<const ShmLink> keep_link;  // weak: the link keeps what it has found
     GrantPlace place{};
     std::shared_ptr<const ShmPool> pool;  // keeps its segments mapped
     std::uint32_t pool_id = 0;
@@ -87,6 +96,9 @@ std::optional<GrantPlace> ShmLink::publish(const OpenGrant& grant) {
         }
         const auto id = static_cast<std::uint32_t>(pool.pool);
         const std::lock_guard lock(board_mutex_);
+        if (closed_.load()) {
+            return std::nullopt;  // and nobody would end it
+        }
         if (grant.blocks == nullptr) {
             return board_.publish_every_block(grant.token, id, grant.counted);
         }
@@ -106,6 +118,30 @@ void ShmLink::end(GrantPlace place) noexcept {
     const std::lock_guard lock(board_mutex_);
     board_.end(place);
     OwnBoard::fence();
+}
+
+// What was read of the channel is told by the reactor: who catches up may hold the session's lock.
+class ShmLink::Telling final : public Runnable {
+  public:
+    explicit Telling(std::weak_ptr<ShmLink> link) : link_(std::move(link)) {}
+    bool run() override {
+        if (const auto link = link_.lock()) {
+            link->act();
+        }
+        return false;
+    }
+    void failed(const std::exception&) override {}
+
+  private:
+    const std::weak_ptr<ShmLink> link_;
+};
+
+void ShmLink::catch_up() {
+    {
+        const std::lock_guard lock(rx_mutex_);
+        read_channel();
+    }
+    reactor_.enqueue(std::make_shared<Telling>(weak_from_this()));
 }
 
 // ---- reader
@@ -139,6 +175,8 @@ std::shared_ptr<const ShmLink::FoundHere> ShmLink::find_on_board(const Token& to
     }
     auto found = std::make_shared<FoundHere>();
     found->link = this;
+    found->keep_link = weak_from_this();
+    found->mapped = pool->mapped;
     found->shape = pool->shape;
     found->terms = pool->terms;
     found->every_block = copy.every_block;

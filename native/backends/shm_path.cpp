@@ -122,6 +122,9 @@ std::optional<Located> ShmPath::locate(const SourceMemory& source) {
 
 std::shared_ptr<Publication> ShmPath::publication() {
     const auto there = link();
+    if (there && !there->up() && !there->closed()) {
+        there->catch_up();  // the peer may ask by control what it makes possible by the channel
+    }
     return there && there->up() ? there->publication() : nullptr;
 }
 

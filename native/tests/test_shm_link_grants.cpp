@@ -7,6 +7,7 @@ using namespace kvt::test;
 using backends::Copied;
 using backends::FoundGrant;
 using backends::OpenGrant;
+using backends::Standing;
 using memory::Ids;
 
 namespace {
@@ -79,6 +80,62 @@ TEST_CASE("F14, F15: after its end it isn't found, and what was found before is 
         shown = nullptr;  // the last who knows of it
         CHECK(at.find(kToken) == nullptr);
     }
+}
+
+TEST_CASE("how it stands is known until the link goes; its memory can be read for longer") {
+    std::shared_ptr<const FoundGrant> found;
+    const int before = mappings("test-pool");
+    {
+        Showing at(true);
+        auto shown = at.show(kToken, nullptr);
+        found = at.find(kToken);
+        REQUIRE(found);
+        CHECK(found->mapped);
+        CHECK(found->standing() == Standing::good);
+        shown->end();
+        CHECK(found->standing() == Standing::ended);
+        shown = at.show(kToken, nullptr);
+        found = at.find(kToken);
+        REQUIRE(found);
+        CHECK(found->standing() == Standing::good);
+    }
+    CHECK(found->standing() == Standing::ended);
+    const auto* const at = reinterpret_cast<const std::byte*>(found->shape->layers()[0].parts[0].base);
+    CHECK(at[1] == std::byte{7});
+    CHECK(mappings("test-pool") == before + 1);
+    found.reset();
+    CHECK(mappings("test-pool") == before);
+}
+
+TEST_CASE("memory that can't be mapped is no memory of ours") {
+    Showing at(false);
+    const auto shown = at.show(kToken, nullptr);
+    REQUIRE(at.find(kToken));
+    CHECK_FALSE(at.find(kToken)->mapped);
+}
+
+// The owner's connection is lost first, its reader finds out later; from then on nobody could tell it.
+TEST_CASE("F14: what the owner's link showed has ended when the link is closed, for good") {
+    Showing at(true);
+    const auto shown = at.show(kToken, nullptr), late = at.links.source.link->publication();
+    const auto found = at.find(kToken);
+    REQUIRE(found);
+    at.links.source.link->close();
+    CHECK(found->standing() == Standing::ended);
+    CHECK(at.copy(*found) != Copied::good);
+    late->publish(OpenGrant{kOther, at.memory.source().pool, nullptr, false});
+    CHECK(at.find(kOther) == nullptr);
+    shown->end();
+}
+
+TEST_CASE("who asks for a publication before the reactor has read the channel gets one") {
+    auto ends = channel();
+    End source(std::move(ends.first)), sink(std::move(ends.second));
+    sink.link->start();  // its board is in the socket
+    CHECK_FALSE(source.link->up());
+    source.link->catch_up();
+    CHECK(source.link->up());
+    until([&] { return source.host->came_up.load() == 1; });  // and the connection hears of it
 }
 
 TEST_CASE("a grant that ends before it is shown never is") {
