@@ -75,12 +75,14 @@ class Connection final : public backends::PathHost,
     std::shared_ptr<MessageHandle> post_message(protocol::Bytes data, std::shared_ptr<TransferHandle> after,
                                                 std::shared_ptr<Queue> queue, std::uint64_t tag);
     std::shared_ptr<LeaseHandle> hold(const protocol::Token& token, std::uint32_t wait_ms,
-                                      std::shared_ptr<Queue> queue, std::uint64_t tag);
+                                      std::shared_ptr<Queue> queue, std::uint64_t tag, bool mapped = false);
     void let_go(const std::shared_ptr<LeaseHandle>& lease);
     bool is_held(const LeaseHandle& lease) const {
         const std::lock_guard lock(mutex_);
         return lease.state == protocol::Hold::State::held;
     }
+    /// The grant of the peer's where it shows it to us; null: it doesn't.
+    std::shared_ptr<const backends::FoundGrant> shown(const protocol::Token& token);
     void cancel(const std::shared_ptr<TransferHandle>& handle);
     void refuse(const protocol::Token& token, const std::string& reason, protocol::Time remember_ns);
     void refuse(const std::string& key, const std::string& reason, protocol::Time remember_ns);
@@ -144,8 +146,8 @@ class Connection final : public backends::PathHost,
     // GrantHost
     Service serve_read(const protocol::ReadBody& read, const protocol::PoolTerms& theirs) override;
     Service serve_write(const protocol::WriteBody& write, const protocol::PoolTerms& theirs) override;
-    Holding hold(const protocol::Token& token) override;
-    void release(const protocol::Token& token, const Holding& holding) override;
+    Holding hold(const protocol::Token& token, bool mapped) override;
+    void release(const protocol::Token& token, const Holding& holding, bool mapped) override;
     void took(const protocol::TookBody& what) override;
     bool await(const protocol::Token& token) override;
     void await_no_more(const protocol::Token& token) override;

@@ -115,8 +115,8 @@ Connection::Service Connection::serve_write(const protocol::WriteBody& write, co
     return service;
 }
 
-Connection::Holding Connection::hold(const Token& token) {
-    const auto grant = engine_.grants().hold(token, shared_from_this(), reader_);
+Connection::Holding Connection::hold(const Token& token, bool mapped) {
+    const auto grant = engine_.grants().hold(token, shared_from_this(), reader_, mapped);
     if (grant == nullptr) {
         return nullptr;
     }
@@ -124,8 +124,8 @@ Connection::Holding Connection::hold(const Token& token) {
     return grant->ended;
 }
 
-void Connection::release(const Token& token, const Holding& holding) {
-    engine_.grants().release(token, holding, reader_);
+void Connection::release(const Token& token, const Holding& holding, bool mapped) {
+    engine_.grants().release(token, holding, reader_, mapped);
 }
 
 void Connection::took(const protocol::TookBody& what) { engine_.grants().took(what, reader_); }
@@ -201,13 +201,14 @@ void Connection::stop_served(const std::shared_ptr<TransferHandle>& transfer) {
 // ---- leases on the peer's grants
 
 std::shared_ptr<LeaseHandle> Connection::hold(const Token& token, std::uint32_t wait_ms,
-                                              std::shared_ptr<Queue> queue, std::uint64_t tag) {
+                                              std::shared_ptr<Queue> queue, std::uint64_t tag, bool mapped) {
     if (is_lost() && !heir()) {
         throw NotUsable(lost_cause(), lost_reason());
     }
     auto lease = std::make_shared<LeaseHandle>(shared_from_this());
     lease->token = token;
     lease->wait_ms = wait_ms;
+    lease->mapped = mapped;
     if (queue) {
         lease->subscribe(std::move(queue), tag);
     }
@@ -222,6 +223,29 @@ std::shared_ptr<Connection> Connection::place(const std::shared_ptr<LeaseHandle>
     }
     lease->move_to(taker);
     return taker->place(lease);
+}
+
+std::shared_ptr<const backends::FoundGrant> Connection::shown(const Token& token) {
+    const auto way = is_open() ? path() : nullptr;
+    if (way == nullptr) {
+        return nullptr;
+    }
+    try {
+        auto grant = way->find_grant(token);
+        for (std::size_t group = 0; grant && group < grant->blocks.size(); ++group) {
+            const std::uint64_t there = grant->shape->groups()[group].num_blocks;
+            for (const std::uint32_t id : grant->blocks[group]) {
+                if (id >= there) {
+                    throw protocol::Violation(
+                        "a grant on the peer's board names a block that its pool hasn't");
+                }
+            }
+        }
+        return grant;
+    } catch (const protocol::Violation& violation) {
+        lose(protocol::Cause::protocol_error, violation.what());
+        return nullptr;
+    }
 }
 
 void Connection::let_go(const std::shared_ptr<LeaseHandle>& lease) {

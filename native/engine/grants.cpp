@@ -228,10 +228,13 @@ void Grants::tell_holders(GrantHandle& grant) {
     }
 }
 
-void Grants::revoke(const GrantHandlePtr& grant) {
+unsigned Grants::revoke(const GrantHandlePtr& grant, bool force) {
     Ended ended;
     {
         const std::lock_guard lock(mutex_);
+        if (const unsigned times = protocol::GrantBook::times_mapped(*grant); times != 0 && !force) {
+            return times;
+        }
         if (book_.end(grant, GrantState::revoked)) {
             ended.push_back(grant);
             note_ended(ended);
@@ -241,6 +244,7 @@ void Grants::revoke(const GrantHandlePtr& grant) {
     if (grant->mode == GrantMode::write) {
         stop_served(grant);
     }
+    return 0;
 }
 
 void Grants::reuse(std::uint64_t pool, const Blocks& by_group) {
@@ -420,9 +424,9 @@ void Grants::served(const TransferHandle& transfer, const std::string& reader) {
 }
 
 GrantHandlePtr Grants::hold(const Token& token, const std::shared_ptr<Connection>& holder,
-                            const std::string& reader) {
+                            const std::string& reader, bool mapped) {
     const std::lock_guard lock(mutex_);
-    const GrantPtr known = book_.hold(token, reader);
+    const GrantPtr known = book_.hold(token, reader, mapped);
     if (known == nullptr) {
         return nullptr;
     }
@@ -432,14 +436,14 @@ GrantHandlePtr Grants::hold(const Token& token, const std::shared_ptr<Connection
 }
 
 void Grants::release(const Token& token, const protocol::GrantHost::Holding& holding,
-                     const std::string& reader) {
+                     const std::string& reader, bool mapped) {
     Ended ended;
     Loans hidden;
     Time next = protocol::kNever;
     {
         const std::lock_guard lock(mutex_);
         const GrantPtr grant = book_.find(token);
-        if (const GrantPtr over = book_.release(token, holding, reader, monotonic_ns())) {
+        if (const GrantPtr over = book_.release(token, holding, reader, monotonic_ns(), mapped)) {
             ended.push_back(over);
             note_ended(ended);
         } else if (grant && grant->ended == holding) {

@@ -57,7 +57,8 @@ class Grants final : public Runnable, public std::enable_shared_from_this<Grants
 
     // For the user. add() throws LocalViolation where the token names an open grant.
     void add(const GrantHandlePtr& grant);
-    void revoke(const GrantHandlePtr& grant);
+    /// Ends it, unless peers have it mapped and `force` isn't said: then by how many leases, and it goes on.
+    unsigned revoke(const GrantHandlePtr& grant, bool force = false);
     using Blocks = std::vector<std::shared_ptr<const memory::Ids>>;
     void reuse(std::uint64_t pool, const Blocks& by_group);
     void end_pool(std::uint64_t pool);
@@ -69,9 +70,9 @@ class Grants final : public Runnable, public std::enable_shared_from_this<Grants
     GrantHandlePtr admit(const protocol::Token& token, const std::string& reader, protocol::GrantMode mode);
     /// The grant that is held; null: no.
     GrantHandlePtr hold(const protocol::Token& token, const std::shared_ptr<Connection>& holder,
-                        const std::string& reader);
+                        const std::string& reader, bool mapped);
     void release(const protocol::Token& token, const protocol::GrantHost::Holding& holding,
-                 const std::string& reader);
+                 const std::string& reader, bool mapped);
     /// True: there is one, made perhaps since the waiter looked.
     bool await(const protocol::Token& token, const std::shared_ptr<Connection>& waiter);
     void await_no_more(const protocol::Token& token, const Connection& waiter);

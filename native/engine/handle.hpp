@@ -86,7 +86,9 @@ class LeaseHandle final : public protocol::Hold, public Handle {
         const std::lock_guard lock(connection_mutex_);
         connection_ = std::move(connection);
     }
+    void answered() noexcept override { answer.complete(); }
     Result result;
+    Handle answer;  // done when it is held, or known not to be
 
   private:
     mutable std::mutex connection_mutex_;

@@ -30,12 +30,12 @@ class Grants final : public protocol::GrantHost {
     Service serve_write(const protocol::WriteBody& write, const protocol::PoolTerms& theirs) override {
         return serve(write.use, write.terms, theirs, protocol::Role::destination);
     }
-    Holding hold(const protocol::Token& token) override {
+    Holding hold(const protocol::Token& token, bool) override {
         if (!open(token)) return nullptr;
         ++leases;
         return made_[slot_of(token)];
     }
-    void release(const protocol::Token&, const Holding&) override {
+    void release(const protocol::Token&, const Holding&, bool) override {
         demand(leases > 0, "a lease is given back twice");
         --leases;
     }

@@ -85,6 +85,7 @@ class Peer {
             header.flags = protocol::kLetGo;
             return {header, {}};
         }
+        header.flags = (op.d & 4) != 0 ? protocol::kHoldMapped : 0;
         header.transfer = ++last_hold_;
         return {header, protocol::encode_hold({token_of(op.a), op.e & 15u})};
     }

@@ -36,7 +36,7 @@ constexpr Rule kRules[] = {
     {FrameType::copied, 0, 0, 0},
     {FrameType::read, kWantPulls, 1, kMaxControlBodyNbytes},
     {FrameType::write, 0, 1, kMaxControlBodyNbytes},
-    {FrameType::hold, kLetGo, 0, 20},
+    {FrameType::hold, kLetGo | kHoldMapped, 0, 20},
     {FrameType::held, kHeldNot, 0, 0},
     {FrameType::took, 0, 24, 24},
 };

@@ -66,6 +66,7 @@ inline constexpr std::uint8_t kPoolClosed = 1;   // POOL: forget this pool
 inline constexpr std::uint8_t kWantPulls = 1;    // WANT: the destination can copy by itself what is LOCATED
 inline constexpr std::uint8_t kWantOfWrite = 2;  // WANT: it answers a WRITE
 inline constexpr std::uint8_t kLetGo = 1;        // HOLD: the lease is given back
+inline constexpr std::uint8_t kHoldMapped = 2;   // HOLD: the blocks are read where they lie while it is held
 inline constexpr std::uint8_t kHeldNot = 1;      // HELD: no, or no more
 inline constexpr std::uint8_t kFromSource =
     1;                                        // ABORT, ABORTED: said by the source (else by the destination)

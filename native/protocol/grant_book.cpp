@@ -57,18 +57,21 @@ GrantPtr GrantBook::admit(const Token& token, const std::string& reader, GrantMo
     return grant;
 }
 
-GrantPtr GrantBook::hold(const Token& token, const std::string& reader) {
+GrantPtr GrantBook::hold(const Token& token, const std::string& reader, bool mapped) {
     const GrantPtr known = find(token);
-    GrantPtr grant = known ? admit(token, reader, known->mode) : nullptr;
+    GrantPtr grant = known ? admit(token, reader, mapped ? GrantMode::read : known->mode) : nullptr;
     if (grant != nullptr) {
         ++grant->leases[reader];
+        if (mapped) {
+            ++grant->mapped[reader];
+        }
         grant->deadline = kNever;
     }
     return grant;
 }
 
 GrantPtr GrantBook::release(const Token& token, const std::shared_ptr<const std::atomic<bool>>& ended,
-                            const std::string& reader, Time now) {
+                            const std::string& reader, Time now, bool mapped) {
     const GrantPtr grant = find(token);
     if (grant == nullptr || grant->ended != ended) {
         return nullptr;
@@ -76,6 +79,10 @@ GrantPtr GrantBook::release(const Token& token, const std::shared_ptr<const std:
     const auto mine = grant->leases.find(reader);
     if (mine == grant->leases.end()) {
         return nullptr;
+    }
+    if (const auto map = grant->mapped.find(reader);
+        mapped && map != grant->mapped.end() && --map->second == 0) {
+        grant->mapped.erase(map);
     }
     if (--mine->second != 0) {
         return nullptr;
@@ -98,6 +105,14 @@ GrantPtr GrantBook::over(const GrantPtr& grant, const std::string& reader, bool 
         grant->finished.insert(reader);
     }
     return end_if_finished(grant);
+}
+
+unsigned GrantBook::times_mapped(const Grant& grant) {
+    unsigned times = 0;
+    for (const auto& [reader, leases] : grant.mapped) {
+        times += grant.state == GrantState::open ? leases : 0;
+    }
+    return times;
 }
 
 bool GrantBook::open_to(const Grant& grant, const std::string& reader) {
@@ -190,6 +205,7 @@ std::vector<GrantPtr> GrantBook::reader_gone(const std::string& reader, bool dea
     std::vector<GrantPtr> ended;
     for (const auto& [token, grant] : grants_) {
         const bool held = grant->leases.erase(reader) != 0;
+        grant->mapped.erase(reader);
         if (held && grant->leases.empty()) {
             let_time_run(*grant, now);
         }

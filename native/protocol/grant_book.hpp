@@ -4,8 +4,9 @@
 // is over (`expired`), its blocks are about to be rewritten or it was revoked (`revoked`), each final. A
 // reader is let in by the token, and, where the grant names nobody, counted against `readers`. It has
 // finished when a transfer of it succeeded and it holds no lease, or when it gives its last lease back. While
-// a lease is held the grant's time stands still; when the last one goes it has a whole ttl again. Ended
-// grants are forgotten: who names one is told what a stranger is told.
+// a lease is held the grant's time stands still; when the last one goes it has a whole ttl again. A lease may
+// say that its reader has the blocks mapped, which is counted for whoever asks before they end the grant.
+// Ended grants are forgotten: who names one is told what a stranger is told.
 //
 // Lives here: the rules and the index by block. Does not live here: memory, sessions, locks, the clock (the
 // caller has one lock around every call, and passes the time). Invariant: `ended` turns true in end() and
@@ -45,6 +46,7 @@ class Grant {
     Time deadline = kNever;
     std::set<std::string> admitted, finished;
     std::map<std::string, unsigned> leases;  // by reader
+    std::map<std::string, unsigned> mapped;  // of those, who has the blocks mapped
     const std::shared_ptr<std::atomic<bool>> ended = std::make_shared<std::atomic<bool>>(false);
 };
 using GrantPtr = std::shared_ptr<Grant>;
@@ -59,12 +61,14 @@ class GrantBook {
     /// Whether the reader, who was let in or will be, may come again without being counted.
     static bool open_to(const Grant& grant, const std::string& reader);
     /// The grant; null: it can't be held.
-    GrantPtr hold(const Token& token, const std::string& reader);
+    GrantPtr hold(const Token& token, const std::string& reader, bool mapped = false);
     /// These return the grant where it has ended by this. `ended`: of the grant that was held; the token may
     /// name another now.
     GrantPtr release(const Token& token, const std::shared_ptr<const std::atomic<bool>>& ended,
-                     const std::string& reader, Time now);
+                     const std::string& reader, Time now, bool mapped = false);
     GrantPtr over(const GrantPtr& grant, const std::string& reader, bool succeeded);
+    /// By how many leases an open grant is mapped.
+    static unsigned times_mapped(const Grant& grant);
     /// False: it had ended before.
     bool end(const GrantPtr& grant, GrantState state);
     /// Ends all grants on one of these blocks of a pool's group.

@@ -90,9 +90,10 @@ class GrantHost {
     virtual Service serve_write(const WriteBody& write, const PoolTerms& theirs) = 0;
     /// Not null: it is held for the peer, until release() or the end of the session. Which grant that is,
     /// says the pointer (a token may name another by then), and whether it has ended, what it points to.
+    /// `mapped`: the peer reads the blocks where they lie meanwhile.
     using Holding = std::shared_ptr<const std::atomic<bool>>;
-    virtual Holding hold(const Token& token) = 0;
-    virtual void release(const Token& token, const Holding& holding) = 0;
+    virtual Holding hold(const Token& token, bool mapped) = 0;
+    virtual void release(const Token& token, const Holding& holding, bool mapped) = 0;
     /// The peer has read by what it was shown, under this mark, without asking.
     virtual void took(const TookBody& what) = 0;
     /// Somebody waits for this grant: grant_came() whenever one of this name is made. True: one is here, made
@@ -107,8 +108,11 @@ class Hold {
   public:
     virtual ~Hold() = default;
     enum class State { asked, held, over };
+    /// The peer has answered, or it is over without; under the session's lock.
+    virtual void answered() noexcept {}
     Token token{};
     std::uint32_t wait_ms = 0;
+    bool mapped = false;
     std::uint64_t number = 0;
     State state = State::asked;
     Outcome outcome;
@@ -286,10 +290,12 @@ class Session {
     struct WaitingHold {
         Token token{};
         Time until = 0;
+        bool mapped = false;
     };
     struct Held {
         Token token{};
         GrantHost::Holding holding;
+        bool mapped = false;
     };
     struct OwnPool {
         std::size_t regions = 0, charge = 0;
@@ -439,7 +445,7 @@ class Session {
     bool is_refused(const Token& token, Time now) const;
     std::optional<std::string> take_refusal(const Token& token, Time now);
     void pump_holds();
-    bool try_hold(std::uint64_t number, const Token& token);
+    bool try_hold(std::uint64_t number, const Token& token, bool mapped);
     void say_held(std::uint64_t number, bool held);
     void pump_held();
     void finish_hold(const HoldPtr& hold, Outcome outcome);

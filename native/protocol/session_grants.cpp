@@ -106,6 +106,7 @@ void Session::pump_holds() {
         holds_.emplace(hold->number, hold);
         Header header;
         header.type = FrameType::hold;
+        header.flags = hold->mapped ? kHoldMapped : 0;
         header.transfer = hold->number;
         send(header, encode_hold({hold->token, hold->wait_ms}));
     }
@@ -127,6 +128,7 @@ void Session::finish_hold(const HoldPtr& hold, Outcome outcome) {
     no_longer_leased(*hold);
     hold->state = Hold::State::over;
     hold->outcome = std::move(outcome);
+    hold->answered();
     finished_holds_.push_back(hold);
 }
 
@@ -149,6 +151,7 @@ void Session::on_held(const Header& header) {
         hold->state = Hold::State::held;
         ++leased_[hold->token];
         admitted_to(hold->token);
+        hold->answered();
     }
 }
 
@@ -355,13 +358,14 @@ void Session::on_hold(const Header& header, std::span<const std::byte> raw, Time
         throw Violation("a HOLD where that wasn't agreed");
     }
     if ((header.flags & kLetGo) != 0) {
-        if (!raw.empty() || header.transfer > last_hold_seen_) {
+        if (header.flags != kLetGo || !raw.empty() || header.transfer > last_hold_seen_) {
             throw Violation("a HOLD that lets go of nothing");
         }
         stop_waiting(waiting_holds_.find(header.transfer));
         held_due_.erase(header.transfer);  // it would be dropped
         if (const auto known = held_.extract(header.transfer); !known.empty() && grants_ != nullptr) {
-            grants_->release(known.mapped().token, known.mapped().holding);
+            const Held& held = known.mapped();
+            grants_->release(held.token, held.holding, held.mapped);
         }
         return;
     }
@@ -376,26 +380,26 @@ void Session::on_hold(const Header& header, std::span<const std::byte> raw, Time
     if (held_due_.size() >= kMaxHolds) {
         throw Excess("the peer asks for leases faster than it reads our answers");
     }
-    const bool refused = is_refused(body.token, now);
-    if (!refused && try_hold(header.transfer, body.token)) {
+    const bool refused = is_refused(body.token, now), mapped = (header.flags & kHoldMapped) != 0;
+    if (!refused && try_hold(header.transfer, body.token, mapped)) {
         return;
     }
     if (refused || body.wait_ms == 0) {
         say_held(header.transfer, false);
     } else {
         const Time until = now + Time{body.wait_ms} * kMs;
-        waiting_holds_.emplace(header.transfer, WaitingHold{body.token, until});
+        waiting_holds_.emplace(header.transfer, WaitingHold{body.token, until, mapped});
         watch(until);
         wait_for_grant(body.token, now);
     }
 }
 
-bool Session::try_hold(std::uint64_t number, const Token& token) {
-    auto holding = grants_ != nullptr ? grants_->hold(token) : nullptr;
+bool Session::try_hold(std::uint64_t number, const Token& token, bool mapped) {
+    auto holding = grants_ != nullptr ? grants_->hold(token, mapped) : nullptr;
     if (holding == nullptr) {
         return false;
     }
-    held_.emplace(number, Held{token, std::move(holding)});
+    held_.emplace(number, Held{token, std::move(holding), mapped});
     say_held(number, true);
     return true;
 }
@@ -461,7 +465,7 @@ void Session::grant_came(const Token& token, Time now) {
     }
     for (auto it = waiting_holds_.begin(); it != waiting_holds_.end();) {
         const auto here = it++;
-        if (here->second.token == token && try_hold(here->first, token)) {
+        if (here->second.token == token && try_hold(here->first, token, here->second.mapped)) {
             stop_waiting(here);
         }
     }

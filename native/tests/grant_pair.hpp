@@ -51,12 +51,12 @@ class BookHost final : public GrantHost {
         if (busy) return {Answer::busy, nullptr, {}};
         return serve(write.use, write.terms, theirs, Role::destination);
     }
-    Holding hold(const Token& token) override {
-        const GrantPtr grant = book.hold(token, reader);
+    Holding hold(const Token& token, bool mapped) override {
+        const GrantPtr grant = book.hold(token, reader, mapped);
         return grant ? grant->ended : nullptr;
     }
-    void release(const Token& token, const Holding& holding) override {
-        end(book.release(token, holding, reader, 0));
+    void release(const Token& token, const Holding& holding, bool mapped) override {
+        end(book.release(token, holding, reader, 0, mapped));
     }
     void took(const TookBody& what) override {  // all is shown to whom it is open, under mark 1
         const GrantPtr grant = book.admit(what.token, reader, GrantMode::read);
@@ -166,10 +166,11 @@ struct Granting {
     RecordPtr write(unsigned token, std::uint32_t wait_ms = 0) {
         return pair.b.post(make(Role::source, token, wait_ms), pair.now);
     }
-    HoldPtr hold(unsigned token, std::uint32_t wait_ms = 0) {
+    HoldPtr hold(unsigned token, std::uint32_t wait_ms = 0, bool mapped = false) {
         auto hold = std::make_shared<Hold>();
         hold->token = token_of(token);
         hold->wait_ms = wait_ms;
+        hold->mapped = mapped;
         pair.b.session.post_hold(hold);
         pair.b.settle(pair.now);
         return hold;

@@ -95,6 +95,7 @@ std::vector<Example> copies_and_grants() {
         {"want, of a write", header_of(FrameType::want, 7, 24576, 2, kWantOfWrite),
          encode_want({"token", "", terms_of_layers(9), {{0, 24576}}})},
         {"hold", header_of(FrameType::hold, 1), encode_hold({token, 1500})},
+        {"hold, mapped", header_of(FrameType::hold, 1, 0, 0, kHoldMapped), encode_hold({token, 1500})},
         {"hold, let go", header_of(FrameType::hold, 1, 0, 0, kLetGo), {}},
         {"held", header_of(FrameType::held, 1), {}},
         {"held, not", header_of(FrameType::held, 1, 0, 0, kHeldNot), {}},

@@ -76,6 +76,33 @@ TEST_CASE("a lease keeps its reader from having finished, and the clock from run
     CHECK(book.release(token_of(1), grant->ended, "x", 6000) == nullptr);
 }
 
+TEST_CASE(
+    "how often it is mapped: by leases that say so, until they are given back or their reader has gone") {
+    GrantBook book;
+    const auto grant = added(book, 1, 0, 100);
+    const auto times = [&] { return GrantBook::times_mapped(*grant); };
+    CHECK(book.hold(token_of(1), "x"));
+    CHECK(times() == 0);
+    for (const char* reader : {"x", "x", "y"}) CHECK(book.hold(token_of(1), reader, true));
+    CHECK(times() == 3);
+    book.release(token_of(1), grant->ended, "x", 0);  // the one that isn't
+    CHECK(times() == 3);
+    book.release(token_of(1), grant->ended, "x", 0, true);
+    CHECK(times() == 2);
+    CHECK(book.expire(1000).empty());
+    book.reader_gone("y", false, 0);
+    CHECK(times() == 1);
+    book.end(grant, GrantState::revoked);
+    CHECK(times() == 0);  // nobody's way is barred any more
+}
+
+TEST_CASE("a grant for writing can't be mapped") {
+    GrantBook book;
+    REQUIRE(book.add(grant_of(1, GrantMode::write), 0));
+    CHECK_FALSE(book.hold(token_of(1), "x", true));
+    CHECK(book.hold(token_of(1), "x"));
+}
+
 TEST_CASE("the clock of a grant has a whole ttl again when the last lease goes") {
     GrantBook book;
     const auto grant = added(book, 1, 2, 100);

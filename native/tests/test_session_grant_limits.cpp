@@ -225,7 +225,7 @@ TEST_CASE("our own user's ended receives are no fault of the peer that writes") 
 }
 
 TEST_CASE("one-sided frames where they weren't agreed on, or that can't be") {
-    for (int what = 0; what < 8; ++what) {
+    for (int what = 0; what < 9; ++what) {
         CAPTURE(what);
         Hostile peer(what < 4 ? SessionConfig{} : granting());
         const WantBody body{"k", "", {7, {{0, 1}}, {{0, 8}}}, {{0, 8}}};
@@ -241,6 +241,7 @@ TEST_CASE("one-sided frames where they weren't agreed on, or that can't be") {
                 case 4: peer.say({.type = FrameType::hold, .flags = kLetGo, .transfer = 1}); break;
                 case 5: peer.say({.type = FrameType::held, .transfer = 1}); break;
                 case 6: peer.say({.type = FrameType::hold, .transfer = 1}); break;
+                case 7: peer.say({.type = FrameType::hold, .flags = kLetGo | kHoldMapped}); break;
                 default: peer.read(2, 1); peer.read(2, 1);
             }
         };

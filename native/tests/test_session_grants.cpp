@@ -89,6 +89,27 @@ TEST_CASE("who was let in once hears that it is stale") {
     g.expect_nothing_left();
 }
 
+TEST_CASE("the owner knows which leases are of blocks that are mapped") {
+    Granting g;
+    const auto grant = grant_of(1, GrantMode::read, 0);
+    const auto times = [&] { return GrantBook::times_mapped(*grant); };
+    const auto waits = g.hold(1, 1000, true);
+    g.run();
+    g.host.add(grant);
+    const auto plain = g.hold(1), mapped = g.hold(1, 0, true);
+    g.run();
+    for (const auto& lease : {waits, plain, mapped}) CHECK(lease->state == Hold::State::held);
+    CHECK(times() == 2);
+    g.let_go(plain);
+    g.run();
+    CHECK(times() == 2);
+    g.let_go(mapped);
+    g.let_go(waits);
+    g.run();
+    CHECK(times() == 0);
+    g.expect_nothing_left();
+}
+
 TEST_CASE("what comes before its grant waits for it") {
     Granting g;
     const auto read = g.read(1, 1000), write = g.write(2, 1000);

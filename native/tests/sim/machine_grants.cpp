@@ -29,12 +29,12 @@ class Machine::Owner final : public GrantHost {
     Service serve_write(const WriteBody& write, const PoolTerms& theirs) override {
         return machine_.serve(write.use, write.terms, theirs, Role::destination);
     }
-    Holding hold(const Token& token) override {
-        const GrantPtr grant = machine_.book_.hold(token, kReader);
+    Holding hold(const Token& token, bool mapped) override {
+        const GrantPtr grant = machine_.book_.hold(token, kReader, mapped);
         return grant ? grant->ended : nullptr;
     }
-    void release(const Token& token, const Holding& holding) override {
-        machine_.ended(machine_.book_.release(token, holding, kReader, machine_.clock_.now()));
+    void release(const Token& token, const Holding& holding, bool mapped) override {
+        machine_.ended(machine_.book_.release(token, holding, kReader, machine_.clock_.now(), mapped));
         machine_.watch_grants();
     }
     void took(const TookBody& what) override {
