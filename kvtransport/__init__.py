@@ -41,6 +41,7 @@ from kvtransport.errors import (
     WaitTimeout,
 )
 from kvtransport.grant import Grant, Lease, new_token
+from kvtransport.mapped import MappedBlocks
 from kvtransport.memory.allocation import HostMemory
 from kvtransport.memory.layout import BlockLayout, LayerGroup
 from kvtransport.memory.pool import BlockPool
@@ -78,6 +79,7 @@ __all__ = [
     "LayoutMismatch",
     "Lease",
     "LocalProtocolError",
+    "MappedBlocks",
     "NoCommonPath",
     "Peer",
     "PeerAborted",

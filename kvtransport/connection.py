@@ -21,6 +21,7 @@ from kvtransport.errors import (
     KVTransportError,
 )
 from kvtransport.grant import Lease, raw_if_token, raw_of
+from kvtransport.mapped import ANSWER_S, MappedBlocks, map_grant
 from kvtransport.memory.pool import BlockPool
 from kvtransport.standing import Standing
 from kvtransport.transfer import LayerGate, SentMessage, Transfer, no_streams, require_gate
@@ -240,6 +241,37 @@ class Connection(Standing):
         if queue is not None:
             queue.entered(tag_id, lease)
         return lease
+
+    def map_blocks(
+        self, token: str, *, wait_grant_s: float = 0, timeout: float | None = ANSWER_S
+    ) -> MappedBlocks:
+        """Lend the peer's blocks without copying: `with conn.map_blocks(token) as m:` reads them where they lie.
+
+        The peer is on this host, and its pool in memory of `Endpoint.allocate`; see MappedBlocks. While it is mapped
+        the grant doesn't expire, and its owner's `revoke()` raises GrantError unless forced.
+        **What was computed of the blocks is valid only if the `with` is left without an error**: that is where it
+        is found out whether they were the grant's until then.
+
+        wait_grant_s: the peer may make the grant so much later. timeout: for its answer, beyond that.
+
+        Raises PermissionDenied, StaleGrant, PeerLost as a lease does; BackendUnavailable where the blocks can't be
+        mapped, and WaitTimeout where no answer has come: nothing is held then.
+        """
+        self._require_open()
+        raw = raw_of(token)
+
+        def hold() -> Lease:
+            native = self._session.hold(raw, wait_grant_s, None, 0, mapped=True)
+            return Lease(native, self._bridges, token)
+
+        def channel() -> tuple[str, str]:
+            self._settle()
+            return self.shared()
+
+        try:
+            return map_grant(hold, None if timeout is None else wait_grant_s + timeout, channel)
+        except KVTransportError as error:
+            raise self._named(error) from None
 
     # --- messages ------------------------------------------------------------------------------------------
 

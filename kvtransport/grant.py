@@ -91,12 +91,15 @@ class Grant(Handle["TransferResult | None"]):
         """One of "open", "read" (all readers have finished), "written", "expired", "revoked"."""
         return self.native.grant_state()
 
-    def revoke(self) -> None:
+    def revoke(self, *, force: bool = False) -> None:
         """End it now, and return: its blocks may be rewritten. What was being read of it is never delivered.
+
+        GrantError, and it goes on, while a reader has it mapped (`Connection.map_blocks`), unless `force`: then the
+        reader's `with` raises StaleGrant. (`BlockPool.reuse` doesn't ask: whoever frees blocks has decided.)
 
         Freeing the memory is more: `BlockPool.close` waits until nobody reads it. Harmless where it has ended.
         """
-        self.native.revoke()
+        self.native.revoke(force)
 
     def _finished(self) -> TransferResult | None:
         outcome = self.native.result()

@@ -190,10 +190,10 @@ class Actor:
         assert isinstance(lease, Lease)
         lease.release()
 
-    def do_revoke(self, handle: str) -> None:
+    def do_revoke(self, handle: str, force: bool = False) -> None:
         grant = self.handles[handle]
         assert isinstance(grant, Grant)
-        grant.revoke()
+        grant.revoke(force=force)
 
     def do_reuse(self, pool: str, ids: Any) -> None:
         self.pools[pool].reuse(ids)

@@ -102,9 +102,9 @@ class Side(abc.ABC):
         """Lease.release()."""
         self.call("release", handle=handle)
 
-    def revoke(self, handle: str) -> None:
-        """Grant.revoke()."""
-        self.call("revoke", handle=handle)
+    def revoke(self, handle: str, **options: Any) -> None:
+        """Grant.revoke."""
+        self.call("revoke", handle=handle, **options)
 
     def reuse(self, pool: str, ids: Any) -> None:
         """BlockPool.reuse."""

@@ -136,15 +136,17 @@ void bind_leases(nb::class_<PySession> session) {
     session
         .def(
             "hold",
-            [](PySession& self, nb::bytes token, double wait_s, PyQueue* queue, std::uint64_t tag) {
+            [](PySession& self, nb::bytes token, double wait_s, PyQueue* queue, std::uint64_t tag,
+               bool mapped) {
                 require_alive(*self.engine);
                 const auto which = to_token(std::move(token));
                 const auto wait_ms = to_wait_ms(wait_s);
                 auto lease = translate(
-                    [&] { return self.connection->hold(which, wait_ms, queue_of(queue), tag); });
+                    [&] { return self.connection->hold(which, wait_ms, queue_of(queue), tag, mapped); });
                 return PyTransfer{self.engine, nullptr, nullptr, nullptr, std::move(lease)};
             },
-            nb::arg("token"), nb::arg("wait_grant_s"), nb::arg("queue").none(), nb::arg("handle_id"))
+            nb::arg("token"), nb::arg("wait_grant_s"), nb::arg("queue").none(), nb::arg("handle_id"),
+            nb::arg("mapped") = false)
         .def(
             "refuse_token",
             [](PySession& self, nb::bytes token, const std::string& reason, double remember_s) {
@@ -220,13 +222,20 @@ std::string grant_state(const PyTransfer& self) {
     return "revoked";
 }
 
+void revoke(const PyTransfer& self, bool force) {
+    require_alive(*self.engine);
+    const unsigned times = translate([&] { return self.engine->grants().revoke(self.grant, force); });
+    if (times != 0) {
+        raise("GrantError", "the grant is mapped by its readers, " + std::to_string(times) +
+                                (times == 1 ? " time" : " times") +
+                                ": wait until they have left `map_blocks`, or revoke(force=True), and what "
+                                "they compute of its blocks raises StaleGrant");
+    }
+}
+
 void bind_handles(nb::class_<PyTransfer> handle) {
     handle.def("grant_state", &grant_state)
-        .def("revoke",
-             [](const PyTransfer& self) {
-                 require_alive(*self.engine);
-                 translate([&] { self.engine->grants().revoke(self.grant); });
-             })
+        .def("revoke", &revoke, nb::arg("force"))
         .def("is_held",
              [](const PyTransfer& self) {
                  require_alive(*self.engine);

@@ -36,6 +36,7 @@ NB_MODULE(_native, m) {
     kvt::bindings::bind_session(m);
     kvt::bindings::bind_transfer(m);
     kvt::bindings::bind_grants(m);
+    kvt::bindings::bind_maps(m);
     m.def("transfer_table", &transition_rows);
     m.def(
         "crc32c",

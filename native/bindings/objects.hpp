@@ -113,5 +113,7 @@ void bind_session(nanobind::module_& m);
 void bind_transfer(nanobind::module_& m);
 /// What grants add to the classes of the others.
 void bind_grants(nanobind::module_& m);
+/// And what reads a grant's blocks where they lie.
+void bind_maps(nanobind::module_& m);
 
 }  // namespace kvt::bindings
