@@ -277,7 +277,8 @@ class Actor:
         return [data.hex() for _, data in self.endpoint.recv_messages()]
 
     def _allocated(self, content: Bytes) -> Bytes:
-        made = np.frombuffer(self.endpoint.allocate(nbytes=len(content)), np.uint8)
+        memory: Any = self.endpoint.allocate(nbytes=len(content))
+        made = np.frombuffer(memory, np.uint8)
         made[:] = content
         return made
 
