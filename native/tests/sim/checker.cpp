@@ -55,6 +55,7 @@ void Checker::over(Record& record, Memory& memory) {
     check_times(h);
     if (h.role == Role::destination) {
         check_destination(record, all_[h.uid], memory);
+        check_taken(h);
     }
 }
 
@@ -151,6 +152,9 @@ void Checker::check_destination(Record& record, Entry& entry, Memory& memory) {
         sealed = {{0, record.nbytes}};
     }
     for (const Entry& other : all_) {
+        if (h.taken ? other.history.get() != h.partner : other.history->shown) {
+            continue;
+        }
         // An empty receive may meet the offer of a source that left without knowing.
         const bool met = could_meet(h, *other.history) ||
                          (ok && h.empty && other.history->key == h.key &&
@@ -171,6 +175,30 @@ void Checker::check_destination(Record& record, Entry& entry, Memory& memory) {
     }
 }
 
+// One read without a lease is all that a grant which counts its readers has for each; whoever gave its last
+// lease back has had it. Two at once are one.
+void Checker::check_taken(const History& h) const {
+    if (!h.taken || !h.counted || h.leased) {
+        return;
+    }
+    for (const Entry& entry : all_) {
+        const History& before = *entry.history;
+        if (before.key == h.key && before.machine == h.machine && before.role == h.role &&
+            before.outcomes != 0 && before.outcome.cause == Cause::ok && before.over_at < h.posted_at) {
+            broken("read twice by one reader, and nobody was asked: " + name(h));
+        }
+    }
+}
+
+void Checker::check_told(unsigned owner, bool all) const {
+    const auto& counted = counted_[1 - owner];
+    const auto& told = told_[owner];
+    if (told.size() > counted.size() || (all && told.size() != counted.size()) ||
+        !std::equal(told.begin(), told.end(), counted.begin())) {
+        broken("an owner isn't told who has read");
+    }
+}
+
 void Checker::check_source(const History& s) const {
     bool sealed = false, surely = false, meta = false;
     for (const Entry& entry : all_) {
@@ -180,7 +208,7 @@ void Checker::check_source(const History& s) const {
         const bool ok = d.outcome.cause == Cause::ok && d.outcomes == 1;
         const bool decided = ok || (crashed_[d.machine] && record != nullptr &&
                                     record->state == State::over && record->outcome.cause == Cause::ok);
-        if (d.role != Role::destination || !decided || !could_meet(s, d)) {
+        if (d.role != Role::destination || d.taken || !decided || !could_meet(s, d)) {
             continue;
         }
         const bool maybe = !ok || std::find(entry.candidates.begin(), entry.candidates.end(), &s) !=
@@ -209,7 +237,7 @@ void Checker::check_source(const History& s) const {
 void Checker::finish() const {
     for (const Entry& entry : all_) {
         const History& h = *entry.history;
-        if (crashed_[h.machine]) {
+        if (crashed_[h.machine] || h.shown) {
             continue;
         }
         if (h.outcomes != 1) {
@@ -223,7 +251,8 @@ void Checker::finish() const {
         const bool alone = std::none_of(all_.begin(), all_.end(), [&](const Entry& other) {
             // A peer that has left may still be heard of, on a slow link long after.
             const History& o = *other.history;
-            return o.key == h.key && o.machine != h.machine && o.role != h.role && o.posted_at <= h.over_at;
+            return !o.shown && o.key == h.key && o.machine != h.machine && o.role != h.role &&
+                   o.posted_at <= h.over_at;
         });
         if (alone && h.over_at > h.posted_at + h.limits.match + late()) {
             broken("waited too long for nobody: " + name(h));

@@ -50,6 +50,11 @@ class Checker {
     void message_posted(unsigned machine, const protocol::Message& message) {
         sent_[machine].push_back(message.data);
     }
+    /// A read by a grant that counts its readers asked nobody.
+    void counted(unsigned reader, const protocol::Token& token) { counted_[reader].push_back(token); }
+    /// Its owner has been told.
+    void told(unsigned owner, const protocol::Token& token) { told_[owner].push_back(token); }
+    void check_told(unsigned owner, bool all) const;
     void message_over(const protocol::Message& message) const;
     /// At the end of a schedule.
     void finish() const;
@@ -69,6 +74,7 @@ class Checker {
     void check_times(const History& history) const;
     bool same_bytes(const History& destination, const History& source,
                     const std::vector<protocol::Range>& ranges, Memory& memory) const;
+    void check_taken(const History& history) const;
     void check_destination(Record& record, Entry& entry, Memory& memory);
     void check_source(const History& source) const;
     bool could_meet(const History& one, const History& other) const;
@@ -87,6 +93,7 @@ class Checker {
     bool crashed_[2] = {false, false};
     std::vector<std::string> failed_gates_;
     std::vector<protocol::Bytes> sent_[2];
+    std::vector<protocol::Token> counted_[2], told_[2];
 };
 
 }  // namespace kvt::sim

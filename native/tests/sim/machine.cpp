@@ -247,8 +247,10 @@ bool Machine::movers_hold(const TransferPtr& transfer) const {
     if (transfer->located) {
         return transfer->active != 0;
     }
-    return std::any_of(lanes_.begin(), lanes_.end(),
-                       [](const auto& lane) { return lane->tx_busy || lane->rx_busy; });
+    return std::any_of(lanes_.begin(), lanes_.end(), [&](const auto& lane) {
+        return (lane->tx_busy && lane->writer.uses(transfer.get())) ||
+               (lane->rx_busy && lane->reader.uses(transfer.get()));
+    });
 }
 
 // ---- control
@@ -346,6 +348,9 @@ bool Machine::receive_next() {
             receive_inline(header, frame->body.data(), *frame->trailer);
         } else {
             session_.receive(header, frame->body, clock_.now());
+        }
+        if (header.type == FrameType::took) {
+            check_took({frame->body.begin(), frame->body.end()});
         }
     });
     return whole;
@@ -517,26 +522,26 @@ void Machine::lend(const std::shared_ptr<Copy>& copy) {
     }
     const Range range = copy->target.range;
     const std::uint64_t middle = range.begin + random_.below(range.end - range.begin + 1);
-    copy_bytes(*copy, range.begin, middle);
+    copy_bytes(*copy->source, *copy->target.transfer, range.begin, middle);
     later(while_unlocked(), [this, copy, middle] {
-        copy_bytes(*copy, middle, copy->target.range.end);
+        copy_bytes(*copy->source, *copy->target.transfer, middle, copy->target.range.end);
         finish_copy(copy);
     });
 }
 
-void Machine::copy_bytes(const Copy& copy, std::uint64_t begin, std::uint64_t end) {
-    checker_.stores(static_cast<const Record&>(*copy.target.transfer));
+void Machine::copy_bytes(const Transfer& source, Transfer& target, std::uint64_t begin, std::uint64_t end) {
+    checker_.stores(static_cast<const Record&>(target));
     while (begin < end) {
         iovec from{}, to{};
         std::size_t count = 0;
-        copy.source->runs(begin, end, &from, 1, count);
-        checker_.reads(static_cast<const Record&>(*copy.source), peer_->memory_, from.iov_base);
-        copy.target.transfer->runs(begin, end, &to, 1, count);
+        source.runs(begin, end, &from, 1, count);
+        checker_.reads(static_cast<const Record&>(source), peer_->memory_, from.iov_base);
+        target.runs(begin, end, &to, 1, count);
         const std::size_t n = std::min(from.iov_len, to.iov_len);
         std::memcpy(to.iov_base, from.iov_base, n);
         begin += n;
     }
-    copy.target.transfer->moved_at = clock_.now();
+    target.moved_at = clock_.now();
 }
 
 void Machine::finish_copy(const std::shared_ptr<Copy>& copy) {

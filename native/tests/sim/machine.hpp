@@ -4,7 +4,7 @@
 // two locks in two events with anything in between: a mover has written and hasn't noted it, has stored and
 // hasn't said so, quiescing has been asked for and takes its time. Lives here: that engine. Does not live
 // here: what the users do (world.hpp), what must hold (checker.hpp). Invariant: a machine touches the other
-// one only through pipes and, as a memory backend, by lend().
+// one only through pipes and, as a memory backend, by lend() and shown().
 #pragma once
 
 #include <array>
@@ -30,6 +30,7 @@ struct MachineSetup {
     bool staging = false;          // lanes have a ring
     bool dials = false;            // has a second session, which another side's takes the place of
     unsigned corrupt_percent = 0;  // of writes and stores with digests
+    bool finds = false;            // reads what the other side shows without asking
     Time slow = 0;                 // of what happens between two locks
 };
 
@@ -59,11 +60,12 @@ class Machine {
     // Grants (machine_grants.cpp): their owner, and a user of the other side's.
     void own_grants();
     void grant(std::uint8_t n, protocol::GrantMode mode, unsigned readers, Time ttl,
-               std::vector<std::vector<std::uint32_t>> blocks);
+               std::vector<std::vector<std::uint32_t>> blocks, bool named);
     void revoke(std::uint8_t n, bool by_reuse);
     void refuse_grant(std::uint8_t n);
     void hold(std::uint8_t n, std::uint32_t wait_ms, Time keep);
     bool grants_left() const;
+    std::uint64_t taken() const noexcept { return taken_; }
 
     // Fate.
     void lose();
@@ -86,6 +88,11 @@ class Machine {
   private:
     struct Lane;
     struct Copy;
+    struct Taking;
+    struct Shown {
+        RecordPtr source;  // the blocks that are asked for, as they are now
+        bool counted = false;
+    };
     struct Granted;
     class Owner;
 
@@ -113,10 +120,16 @@ class Machine {
     void start_copies();
     void lend(const std::shared_ptr<Copy>& copy);
     void finish_copy(const std::shared_ptr<Copy>& copy);
-    void copy_bytes(const Copy& copy, std::uint64_t begin, std::uint64_t end);
+    void copy_bytes(const protocol::Transfer& source, protocol::Transfer& target, std::uint64_t begin,
+                    std::uint64_t end);
     void set_timer();
     protocol::GrantHost::Service serve(const protocol::GrantUse& use, const protocol::Terms& terms,
                                        const protocol::PoolTerms& theirs, protocol::Role role);
+    std::optional<std::vector<Row>> rows_of(const Granted& grant, const protocol::GrantUse& use,
+                                            const protocol::Terms& terms) const;
+    std::optional<Shown> shown(const protocol::GrantUse& use, const protocol::Terms& terms);
+    void show(Granted& grant);
+    void check_took(const protocol::Bytes& body);
     static bool overlap(const std::vector<Row>& one, const std::vector<Row>& other);
     template <class What>
     void each_block(const protocol::Grant& grant, What what);
@@ -126,6 +139,10 @@ class Machine {
     void watch_grants();
     void grants_lost();
     void collect_leases();
+    Time while_copying();
+    bool take(const RecordPtr& record);
+    void take_bytes(const std::shared_ptr<Taking>& taking, std::uint64_t begin);
+    void look_again(const std::shared_ptr<Taking>& taking);
     void over(const protocol::TransferPtr& transfer);
     Time while_unlocked() {
         return setup_.slow == 0 || random_.chance(70) ? 0 : random_.between(0, setup_.slow);
@@ -162,6 +179,8 @@ class Machine {
     std::set<protocol::Token> awaited_;
     std::vector<protocol::HoldPtr> leases_;
     std::size_t served_ = 0;
+    std::unordered_set<const protocol::Transfer*> taking_;  // whose post hasn't returned yet
+    std::uint64_t taken_ = 0;
 };
 
 template <class What>
@@ -169,6 +188,9 @@ void Machine::guarded(What what) {
     try {
         what();
     } catch (const protocol::Violation& violation) {
+        if (closed_) {
+            return;  // what came before the loss names what is gone by now: no connection is lost twice
+        }
         if (checker_.rogue()) {
             catch_rogue();
             return;

@@ -18,6 +18,7 @@ const std::string kReader = "the other side";
 struct Machine::Granted final : Grant {
     std::vector<RecordPtr> serving;
     bool given_back = false;
+    bool shown = false;  // where the other side finds it
 };
 
 class Machine::Owner final : public GrantHost {
@@ -31,7 +32,9 @@ class Machine::Owner final : public GrantHost {
     }
     Holding hold(const Token& token, bool mapped) override {
         const GrantPtr grant = machine_.book_.hold(token, kReader, mapped);
-        return grant ? grant->ended : nullptr;
+        if (grant == nullptr) return nullptr;
+        machine_.show(static_cast<Granted&>(*grant));
+        return grant->ended;
     }
     void release(const Token& token, const Holding& holding, bool mapped) override {
         machine_.ended(machine_.book_.release(token, holding, kReader, machine_.clock_.now(), mapped));
@@ -65,23 +68,15 @@ GrantHost::Service Machine::serve(const GrantUse& use, const Terms& terms, const
     if (grant == nullptr) {
         return {};
     }
-    std::vector<Row> rows;
-    for (const auto& layer : terms.layers) {
-        Row& row = rows.emplace_back();
-        row.layer = layer.index;
-        const std::size_t group = group_of(row.layer);
-        for (const std::uint32_t position : use.subset->at(group)) {
-            if (position >= grant->blocks[group].size()) return {};
-            const std::uint32_t block = grant->blocks[group][position];
-            const bool twice = std::find(row.blocks.begin(), row.blocks.end(), block) != row.blocks.end();
-            if (twice && role == Role::destination) return {};
-            row.blocks.push_back(block);
-        }
+    show(*grant);
+    auto rows = rows_of(*grant, use, terms);
+    if (!rows) {
+        return {};
     }
     for (const RecordPtr& other : role == Role::destination ? grant->serving : std::vector<RecordPtr>()) {
-        if (overlap(rows, other->history->rows)) return {GrantHost::Answer::busy, nullptr, {}};
+        if (overlap(*rows, other->history->rows)) return {GrantHost::Answer::busy, nullptr, {}};
     }
-    const RecordPtr record = make(role, std::move(rows));
+    const RecordPtr record = make(role, std::move(*rows));
     record->terms.pool = pool_id_;
     const Side mine{&setup_.pool, &record->terms}, other{&theirs, &terms};
     if (auto fits = role == Role::source ? fit(mine, other, true) : fit(other, mine, false); fits.mismatch) {
@@ -94,6 +89,59 @@ GrantHost::Service Machine::serve(const GrantUse& use, const Terms& terms, const
     ++served_;
     checker_.posted(*record, memory_);
     return {GrantHost::Answer::served, record, {}};
+}
+
+// Nothing: it hasn't some of that, or would be written twice.
+std::optional<std::vector<Row>> Machine::rows_of(const Granted& grant, const GrantUse& use,
+                                                 const Terms& terms) const {
+    std::vector<Row> rows;
+    for (const auto& layer : terms.layers) {
+        Row& row = rows.emplace_back();
+        row.layer = layer.index;
+        const std::size_t group = group_of(row.layer);
+        for (const std::uint32_t position : use.subset->at(group)) {
+            if (position >= grant.blocks[group].size()) return std::nullopt;
+            const std::uint32_t block = grant.blocks[group][position];
+            const bool twice = std::find(row.blocks.begin(), row.blocks.end(), block) != row.blocks.end();
+            if (twice && grant.mode == GrantMode::write) return std::nullopt;
+            row.blocks.push_back(block);
+        }
+    }
+    return rows;
+}
+
+void Machine::show(Granted& grant) {
+    grant.shown = grant.shown || (grant.mode == GrantMode::read && GrantBook::open_to(grant, kReader));
+}
+
+// What the other side finds, as it stands.
+std::optional<Machine::Shown> Machine::shown(const GrantUse& use, const Terms& terms) {
+    const auto grant = std::static_pointer_cast<Granted>(book_.find(use.token));
+    if (grant == nullptr || !grant->shown || grant->finished.contains(kReader)) {
+        return std::nullopt;
+    }
+    auto rows = rows_of(*grant, use, terms);
+    if (!rows) {
+        return std::nullopt;
+    }
+    const RecordPtr record = make(Role::source, std::move(*rows));
+    record->key = "grant " + std::to_string(static_cast<unsigned>(use.token[0]));
+    record->ended = grant->ended;
+    record->history->shown = true;
+    checker_.posted(*record, memory_);
+    return Shown{record, grant->readers != 0};
+}
+
+// The other side has finished with it, unless it holds a lease: one that has no other reader is over.
+void Machine::check_took(const Bytes& body) {
+    const Token token = decode_took(body).token;
+    checker_.told(index_, token);
+    for (const auto& grant : grants_) {
+        const bool over = grant->readers == 1 && !grant->leases.contains(kReader);
+        if (grant->token == token && over && grant->state == GrantState::open) {
+            checker_.broken("its only reader has finished, and the grant goes on");
+        }
+    }
 }
 
 bool Machine::overlap(const std::vector<Row>& one, const std::vector<Row>& other) {
@@ -118,10 +166,11 @@ void Machine::each_block(const Grant& grant, What what) {
 }
 
 void Machine::grant(std::uint8_t n, GrantMode mode, unsigned readers, Time ttl,
-                    std::vector<std::vector<std::uint32_t>> blocks) {
+                    std::vector<std::vector<std::uint32_t>> blocks, bool named) {
     const auto made = std::make_shared<Granted>();
     made->token[0] = static_cast<std::byte>(n);
     made->mode = mode;
+    made->to = named ? kReader : "";
     made->readers = readers;
     made->ttl = ttl;
     made->blocks = std::move(blocks);
@@ -132,6 +181,7 @@ void Machine::grant(std::uint8_t n, GrantMode mode, unsigned readers, Time ttl,
     });
     grants_.push_back(made);
     if (!book_.add(made, clock_.now())) checker_.broken("a token is in use");
+    if (named) show(*made);
     if (awaited_.contains(made->token)) {
         guarded([&] { session_.grant_came(made->token, clock_.now()); });
     }

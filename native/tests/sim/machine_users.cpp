@@ -42,6 +42,9 @@ void Machine::post(const RecordPtr& record) {
     if (dialled_ != nullptr && !adopted_ && random_.chance(60)) {
         dialled_posts_.insert(record.get());
     }
+    if (take(record)) {
+        return;
+    }
     guarded([&] { home_of(record).post(record, pool_id_, clock_.now()); });
     settle();
 }
@@ -84,6 +87,12 @@ void Machine::fail_gates() {
 }
 
 void Machine::cancel(const RecordPtr& record) {
+    if (taking_.contains(record.get())) {  // nobody has its handle yet
+        later(20 * kUs, [this, weak = std::weak_ptr(record)] {
+            if (const auto alive = weak.lock(); alive && live()) cancel(alive);
+        });
+        return;
+    }
     record->history->asked_to_stop = true;
     clock_.trace("%c cancels %s '%s'", 'A' + static_cast<int>(index_), name_of(record->role),
                  record->key.c_str());

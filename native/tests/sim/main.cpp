@@ -51,9 +51,9 @@ int main(int argc, char** argv) {
             std::fflush(stdout);
         }
     }
-    std::printf("%llu transfers, %llu succeeded, %llu steps\n",
+    std::printf("%llu transfers, %llu succeeded, %llu of them asked nobody, %llu steps\n",
                 static_cast<unsigned long long>(totals.transfers), static_cast<unsigned long long>(totals.ok),
-                static_cast<unsigned long long>(totals.steps));
+                static_cast<unsigned long long>(totals.taken), static_cast<unsigned long long>(totals.steps));
     std::printf("%llu passed, %llu failed\n", static_cast<unsigned long long>(options.schedules - failed),
                 static_cast<unsigned long long>(failed));
     return failed == 0 ? 0 : 1;

@@ -42,7 +42,11 @@ struct History {
     bool asked_to_stop = false;
     Time moved_at = -1;
     bool empty = false;
-    const History* partner = nullptr;  // destination: the source whose bytes it sealed
+    bool shown = false;                // source: no transfer, but what a read that asks nobody has found
+    bool taken = false;                // destination: it asked nobody
+    bool counted = false;              // and the grant counts its readers
+    bool leased = false;               // under a lease of its reader
+    const History* partner = nullptr;  // destination that asks nobody: what it has found
 };
 
 class Record final : public protocol::Transfer, public std::enable_shared_from_this<Record> {

@@ -40,6 +40,7 @@ MachineSetup World::setup() {
     made.config.outbox_nbytes = random_.pick({std::size_t{4096}, std::size_t{1} << 20});
     made.config.peer_state_nbytes = random_.pick({std::size_t{4} << 10, std::size_t{64} << 20});
     made.staging = random_.chance(50);
+    made.finds = random_.chance(75);
     made.corrupt_percent = made.config.digest != DigestKind::none && random_.chance(25) ? 3 : 0;
     made.slow = random_.pick({Time{0}, 20 * kUs, 500 * kUs});
     made.pool.name = "kv";
@@ -361,6 +362,7 @@ void World::run(Totals& totals) {
     check_end();
     totals.transfers += checker_.transfers();
     totals.ok += checker_.ok();
+    for (const auto& machine : machines_) totals.taken += machine->taken();
     totals.steps += clock_.steps();
 }
 
@@ -371,9 +373,7 @@ void World::check_end() {
         checker_.broken("a chunk was taken twice");
     }
     for (const auto& machine : machines_) {
-        if (machine->crashed()) {
-            continue;
-        }
+        if (machine->crashed()) continue;
         if (!machine->memory().intact()) {
             checker_.broken("bytes outside of live receives have changed");
         }
@@ -396,6 +396,7 @@ void World::check_end() {
             checker_.broken("the wire isn't drained");
         }
         checker_.check_messages(machine->index(), machine->received(), whole);
+        checker_.check_told(machine->index(), whole);
     }
     for (auto& flow : flows_) {
         flow.live[0] = flow.live[1] = nullptr;

@@ -12,7 +12,7 @@
 namespace kvt::sim {
 
 struct Totals {
-    std::uint64_t transfers = 0, ok = 0, steps = 0;
+    std::uint64_t transfers = 0, ok = 0, taken = 0, steps = 0;
 };
 
 class World {
@@ -47,6 +47,7 @@ class World {
     void plan_flow(std::size_t index);
     void plan_grants();
     void plan_owner(const GrantFlow& flow);
+    void plan_end(const GrantFlow& flow, Time in);
     void make_grant(const GrantFlow& flow, unsigned readers, Time ttl, int tries);
     void use_grant(const GrantFlow& flow);
     void plan_fate();

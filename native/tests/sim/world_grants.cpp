@@ -26,7 +26,11 @@ void World::plan_grants() {
         plan_owner(flow);
         Machine& user = *machines_[1 - flow.owner];
         for (std::int64_t i = random_.between(0, 5); i > 0; --i) {
-            user.later(random_.between(0, span_), [this, flow] { use_grant(flow); });
+            const Time at = random_.between(0, span_);
+            user.later(at, [this, flow] { use_grant(flow); });
+            if (random_.chance(30)) {  // again, while word of the first is on its way
+                user.later(at + random_.between(0, 2 * kMs), [this, flow] { use_grant(flow); });
+            }
         }
         for (std::int64_t i = random_.chance(50) ? random_.between(1, 3) : 0; i > 0; --i) {
             const auto wait = random_.pick({0u, 5u, 200u});
@@ -45,8 +49,7 @@ void World::plan_owner(const GrantFlow& flow) {
                     [this, flow, readers, ttl] { make_grant(flow, readers, ttl, 5); });
     }
     for (std::int64_t i = random_.chance(60) ? random_.between(1, 3) : 0; i > 0; --i) {
-        const bool reuse = random_.chance(50);
-        owner.later(random_.between(0, span_), [&owner, n = flow.n, reuse] { owner.revoke(n, reuse); });
+        plan_end(flow, random_.between(0, span_));
     }
     if (random_.chance(15)) {
         owner.later(random_.between(0, span_), [&owner, n = flow.n] {
@@ -54,6 +57,12 @@ void World::plan_owner(const GrantFlow& flow) {
         });
     }
     owner.later(kCleanUp, [&owner, n = flow.n] { owner.revoke(n, false); });
+}
+
+void World::plan_end(const GrantFlow& flow, Time in) {
+    Machine& owner = *machines_[flow.owner];
+    const bool reuse = random_.chance(50);
+    owner.later(in, [&owner, n = flow.n, reuse] { owner.revoke(n, reuse); });
 }
 
 void World::make_grant(const GrantFlow& flow, unsigned readers, Time ttl, int tries) {
@@ -72,7 +81,7 @@ void World::make_grant(const GrantFlow& flow, unsigned readers, Time ttl, int tr
     }
     std::vector<std::vector<std::uint32_t>> blocks(2);
     for (const Row& row : rows) blocks[owner.group_of(row.layer)] = row.blocks;
-    owner.grant(flow.n, flow.mode, readers, ttl, std::move(blocks));
+    owner.grant(flow.n, flow.mode, readers, ttl, std::move(blocks), random_.chance(50));
 }
 
 void World::use_grant(const GrantFlow& flow) {
@@ -112,6 +121,7 @@ void World::use_grant(const GrantFlow& flow) {
                    });
     }
     user.post(record);
+    if (random_.chance(20)) plan_end(flow, random_.between(0, kMs));  // while its bytes are read
 }
 
 }  // namespace kvt::sim
