@@ -49,9 +49,11 @@ MachineSetup World::setup() {
         made.pool.groups.push_back({group, false, "bfloat16", "HND", "packed", 16});
     }
     const std::int64_t layers = random_.between(1, 5);
+    const bool large = random_.chance(25);  // even one grant's blocks go by several chunks, on lanes
     for (std::int64_t i = 0; i < layers; ++i) {
-        made.pieces.push_back(random_.pick(
-            {std::size_t{9}, std::size_t{64}, std::size_t{300}, std::size_t{1000}, std::size_t{2500}}));
+        made.pieces.push_back(large ? random_.pick({std::size_t{5000}, std::size_t{9000}})
+                                    : random_.pick({std::size_t{9}, std::size_t{64}, std::size_t{300},
+                                                    std::size_t{1000}, std::size_t{2500}}));
         made.pool.layers.push_back(
             {"layer." + std::to_string(i), static_cast<std::uint16_t>(random_.chance(70) ? 0 : 1)});
     }
