@@ -244,7 +244,9 @@ std::shared_ptr<const memory::StreamPlan> decode_shm_plan(Reader& in, const ShmP
     for (auto& of_group : ids) {
         const auto raw = in.take(in.count(protocol::kMaxControlBodyNbytes / 4, 4) * 4);
         auto some = std::make_shared<memory::Ids>(raw.size() / 4);
-        std::memcpy(some->data(), raw.data(), raw.size());
+        if (!raw.empty()) {  // else there is no data() that memcpy may be given
+            std::memcpy(some->data(), raw.data(), raw.size());
+        }
         of_group = std::move(some);
     }
     in.finish();
