@@ -14,6 +14,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 import kvtransport as kvt
+from tests.waiting import until
 
 LIMIT_S = 20
 KEPT = 24  # pairs at once: each has threads and descriptors
@@ -23,7 +24,7 @@ KEPT = 24  # pairs at once: each has threads and descriptors
 class Link:
     """How two endpoints are connected."""
 
-    way: str = "tcp"  # tcp | unix | inproc
+    way: str = "tcp"  # tcp | unix | inproc | shm
     protection: str = "plain"
     lanes: int | None = None
     chunk_nbytes: int | None = None
@@ -77,19 +78,21 @@ class Pairs:
         return self._made[link]
 
     def _connect(self, link: Link) -> Pair:
-        backend = "inproc" if link.way == "inproc" else "tcp"
+        backend = link.way if link.way in ("inproc", "shm") else "tcp"
         config = kvt.Config(
-            backends=(backend,),
+            backends=("shm", "tcp") if backend == "shm" else (backend,),
             protection=link.protection,
             lanes=link.lanes,
             chunk_nbytes=link.chunk_nbytes,
             movers=2,
         )
         ours, theirs = kvt.Endpoint(config), kvt.Endpoint(config)
-        where = {"tcp": "127.0.0.1:0", "unix": f"unix:{self._folder}/{next(self._numbers)}"}.get(link.way)
+        where = {"inproc": None, "unix": f"unix:{self._folder}/{next(self._numbers)}"}.get(
+            link.way, "127.0.0.1:0"
+        )
         at = theirs.listen(where) if where else f"inproc:{theirs.incarnation.hex()}"
         out = ours.connect(at, timeout=LIMIT_S)
-        assert out.backend == backend
+        until(lambda: out.backend == backend)  # shared memory comes up after the session
         assert f"protection {link.protection}" in out.explain()
         return Pair(ours, theirs, out, theirs.accept(LIMIT_S))
 
