@@ -182,6 +182,60 @@ TEST_CASE("the reactor ends a grant when its time is over, and nothing of it is 
     g.expect_nothing_left();
 }
 
+namespace {
+
+struct Shown final : backends::Publication {
+    void publish(const backends::OpenGrant&) override {}
+    std::uint64_t mark() const override { return 7; }
+    void end() noexcept override { over.store(true); }
+    std::atomic<bool> over{false};
+};
+
+}  // namespace
+
+TEST_CASE("what is shown ends for whoever has finished with it, and for all with the grant") {
+    Granting g;
+    auto& grants = g.pair.a.engine->grants();
+    const auto& connection = g.pair.a.connection;
+    const auto grant = g.grant(GrantMode::read, 4);
+    std::vector<std::shared_ptr<Shown>> shown;
+    for (const char* reader : {"took", "held", "reads"}) {
+        CHECK_FALSE(grants.may_show(*grant, reader, *connection));  // it isn't for them alone
+        REQUIRE(grants.hold(grant->token, connection, reader, false));
+        shown.push_back(std::make_shared<Shown>());
+        CHECK(grants.shows(grant, {reader, connection, shown.back()}));
+    }
+    grants.took({grant->token, 7}, "took");
+    CHECK_FALSE(shown[0]->over.load());  // it has a lease, and may come again
+    grants.release(grant->token, grant->ended, "took", false);
+    CHECK(shown[0]->over.load());
+    CHECK_FALSE(shown[1]->over.load());
+    grants.release(grant->token, grant->ended, "held", false);
+    CHECK(shown[1]->over.load());
+    CHECK_FALSE(shown[2]->over.load());
+    grants.revoke(grant);
+    CHECK(shown[2]->over.load());
+    CHECK_FALSE(grants.may_show(*grant, "reads", *connection));
+    CHECK_FALSE(grants.shows(grant, {"reads", connection, std::make_shared<Shown>()}));
+}
+
+TEST_CASE("what a reader is shown of a grant for several ends when it says that it has read") {
+    Granting g;
+    auto& grants = g.pair.a.engine->grants();
+    const auto grant = g.grant(GrantMode::read, 2);
+    const auto mine = std::make_shared<Shown>(), anothers = std::make_shared<Shown>();
+    CHECK(grants.shows(grant, {"mine", g.pair.a.connection, mine}));
+    CHECK(grants.shows(grant, {"another's", g.pair.a.connection, anothers}));
+    grants.took({grant->token, 6}, "mine");  // of another grant of this token
+    CHECK_FALSE(mine->over.load());
+    grants.took({grant->token, 7}, "mine");
+    CHECK(mine->over.load());
+    CHECK_FALSE(anothers->over.load());
+    grants.took({grant->token, 7}, "another's");
+    CHECK(anothers->over.load());
+    CHECK(grants.state_of(*grant) == GrantState::read);
+}
+
 TEST_CASE("a lease keeps a grant from expiring, until its holder has gone") {
     for (const Way way : kWays) {
         Granting g({.way = way});

@@ -1,12 +1,15 @@
 """Reads that ask the owner nothing: small ones, over shared memory, of a grant that the reader was shown."""
 
+import numpy as np
 import pytest
 
-from kvtransport.errors import StaleGrant
+import kvtransport as kvt
+from kvtransport.errors import LayoutMismatch, StaleGrant
 from kvtransport.testing.blocks import Blocks
 from tests.faults.peers import CHUNK, IDS, OF, TO, Through, stopped
 from tests.waiting import until
 
+LIMIT_S = 10
 FEW = [0, 1]
 MANY = [*IDS] * 4  # more than the calling thread copies by itself
 
@@ -101,3 +104,48 @@ def test_the_end_is_seen_at_once(rig, by):
             peer.reuse("of", [1])
         here.read(f"late{n}", token, "to", FEW)
         assert isinstance(here.error(f"late{n}"), StaleGrant)
+
+
+FORM = {"num_kv_heads": 4, "tokens_per_block": 4}
+
+
+def test_what_fits_one_pool_need_not_fit_another(rig):
+    """That two pools agree is found out once: for these two, and for blocks of the same number."""
+    here, peer, blocks = rig.here, rig.peer, Blocks(len(IDS), 4 * 4 * 96)
+    peer.pool("formed", blocks, form=FORM | {"order": "HND"})
+    for pool, order in (("alike", "HND"), ("other", "NHD")):
+        here.pool(pool, blocks, form=FORM | {"order": order})
+    token = peer.grant("g", "formed", IDS, readers=None)
+
+    def at_once() -> bool:
+        here.read("alike", token, "alike", FEW, subset=FEW)
+        before = here.done("alike")
+        here.result("alike")
+        return before
+
+    until(at_once)
+    here.read("other", token, "other", FEW, subset=FEW)
+    assert isinstance(here.error("other"), LayoutMismatch)
+    here.holds("other", blocks.memory())
+    here.read("fewer", token, "alike", FEW)  # than were granted
+    assert isinstance(here.error("fewer"), LayoutMismatch)
+    until(at_once)
+
+
+def test_what_was_granted_before_the_session_is_shown_when_it_comes():
+    """The first read of it asks nobody."""
+    config = kvt.Config(backends=("shm", "tcp"))
+    with kvt.Endpoint(config) as owner, kvt.Endpoint(config) as reader:
+        of, to = (
+            end.register(np.frombuffer(end.allocate(nbytes=CHUNK), np.uint8)[None]) for end in (owner, reader)
+        )
+        grants = [of.grant([0], to=reader.incarnation) for _ in range(50)]
+        back = reader.connect(owner.listen("127.0.0.1:0"), timeout=LIMIT_S)
+        there = owner.accept(timeout=LIMIT_S)
+        until(lambda: {back.backend, there.backend} == {"shm"})
+        reads = []
+        for grant in grants:
+            read = back.read_blocks(grant.token, to, [0])
+            reads.append(read.done())
+            read.result(LIMIT_S)
+        assert sum(reads) > len(reads) // 2
